@@ -1,0 +1,31 @@
+# make study: a real result from a clean clone. make test: the tests. PYTHON=python3.12 make test: with another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quick
+
+.PHONY: study test lint slow clean
+
+# The stamp is newer than pyproject.toml when the environment holds what it asks for.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[report,test,lint]'
+	touch $@
+
+study: $(VENV)/.installed
+	$(BIN)/python -m launch.data --fetch=wiki
+	$(BIN)/python -m launch.study --experiment=noise_factorial:quick --workdir=$(WORKDIR)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or network"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info

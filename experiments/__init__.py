@@ -1,0 +1,1 @@
+"""Studies, declared: each module states its question, cells, seeds, contrasts, rule and cost, and returns configurations."""

@@ -1,0 +1,1 @@
+"""Commands: absl flags to a config to one library call."""

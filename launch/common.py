@@ -1,0 +1,217 @@
+"""What every command shares: `run(main)` turns errors into one line and an exit code, `--help` into a manual, signals into a clean stop.
+
+A command is a module whose docstring is its manual, absl flags, `def main(argv)`, and at the end
+`if __name__ == "__main__": run(main)`.
+"""
+
+import inspect
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from absl import app, flags
+
+from moe_jax.config_tools import apply_overrides, config_dict, flatten
+from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
+
+__all__ = ["StopRequests", "apply_overrides", "config_dict", "define_set", "flatten", "manual", "run"]
+
+_HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
+
+
+def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
+    """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr, or 1 after a traceback.
+
+    `argv` is the program's name, and the arguments that are no flags when the command takes any (`positional`); else those are
+    refused. SIGTERM, SIGUSR1 and Ctrl-C exit with 75, which means: the same command goes on from the last checkpoint.
+    """
+    warnings.formatwarning = _one_line_warning
+    app.run(lambda argv: _exit_code(main, argv), flags_parser=lambda argv: _parse(argv, positional))
+
+
+def define_set() -> flags.FlagHolder[Any]:
+    """The flag --set of a command that has a config; its value goes to `apply_overrides(config, holder.value)`."""
+    text = "Sets one field of the config by its dotted name, as in --set model.top_k=4; an unknown name is refused."
+    return flags.DEFINE_multi_string("set", [], text)
+
+
+# --- errors and exit codes ----------------------------------------------------------------------------------------------------
+
+
+def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_now)
+    try:
+        return main(argv)
+    except MoeJaxError as error:
+        _say("stopped" if isinstance(error, Stopped) else "error", str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped", "interrupted; the same command goes on from the last checkpoint")
+        return Stopped.exit_code
+
+
+def _stop_now(number: int, _: FrameType | None) -> None:
+    raise Stopped(f"{signal.Signals(number).name}; the same command goes on from the last checkpoint")
+
+
+def _say(kind: str, message: str) -> None:
+    sys.stdout.flush()
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+
+
+_default_format = warnings.formatwarning
+
+
+def _one_line_warning(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    if issubclass(category, MoeJaxWarning):
+        return f"warning: {message}\n"
+    return _default_format(message, category, filename, lineno, line)
+
+
+class StopRequests:
+    """In a `with` block the first SIGTERM, SIGUSR1 or Ctrl-C only takes note, so that a loop can save and stop between two steps.
+
+    Calling the object gives the signal's name, or "" while nobody asked. A second signal raises Stopped at once.
+    """
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> str:
+        return self._reason
+
+    def __enter__(self) -> "StopRequests":
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._reason:
+            _stop_now(number, frame)
+        self._reason = signal.Signals(number).name
+        # os.write: print may be what the signal interrupted, and it must not be entered twice.
+        os.write(2, f"\n{self._reason}: stopping after this step; once more stops at once\n".encode())
+
+
+# --- flags --------------------------------------------------------------------------------------------------------------------
+
+
+_PYTHONS_WORDS = {
+    "invalid literal for int() with base 10:": "needs a whole number, was given",
+    "could not convert string to float:": "needs a number, was given",
+}
+
+
+def _parse(argv: Sequence[str], positional: bool) -> list[str]:
+    ours = list(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
+    if any(argument in _HELP for argument in ours):
+        print(manual())
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1 and not positional:
+            raise ConfigError(_stray(rest[1]))
+        _check_finite()
+    except (flags.Error, ConfigError) as error:
+        _say("error", f"{_flag_message(error)}. --help lists the flags")
+        sys.exit(ConfigError.exit_code)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS["verbosity"].value = -1  # warnings; absl would go on to show what libraries log for their own developers
+        flags.FLAGS["verbosity"].using_default_value = False
+    return rest
+
+
+def _check_finite() -> None:
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"flag --{name}={value}: needs a finite number")
+
+
+def _stray(argument: str) -> str:
+    name = argument.split("=")[0]
+    flag = closest(name, flags.FLAGS)
+    if flag is None or "=" not in argument:
+        return f"unexpected argument '{argument}': this command takes flags only, written --name=value"
+    return f"unexpected argument '{argument}' (did you mean '--{argument.replace(name, flag, 1)}'?)"
+
+
+def _flag_message(error: Exception) -> str:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = str(getattr(error, "flagname", ""))
+        if "." in name and "set" in flags.FLAGS:
+            return f"unknown flag --{name}; a field of the config is set by --set {name}=value"
+        hint = nearest(name, flags.FLAGS).replace("'", "'--", 1)
+        return f"unknown flag --{name}{hint}"
+    message = " ".join(str(error).split()).rstrip(".").removeprefix("ERROR:: ")
+    for pythons, ours in _PYTHONS_WORDS.items():
+        message = message.replace(pythons, ours)
+    if message.endswith("must have a value other than None"):
+        return f"flag --{message.split('--')[1].split('=')[0]} is required"
+    return message
+
+
+# --- the manual ---------------------------------------------------------------------------------------------------------------
+
+
+def manual() -> str:
+    """The text of --help: how the command is called, its module's docstring, and its flags with their types and defaults."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    command = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+    width = min(max(shutil.get_terminal_size().columns, 60), 100)
+    own, shared = _flags_of_command()
+    parts = [f"{command} [--flag=value ...]", inspect.cleandoc(main.__doc__ or ""), _flag_list("Flags", own, width)]
+    parts.append(_flag_list("Flags of every such command", shared, width))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _flags_of_command() -> tuple[list[flags.Flag], list[flags.Flag]]:
+    """The flags of the module that was started, and those it shares with other commands; libraries' flags are neither."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    own = by_module.get(sys.argv[0], [])
+    shared = [flag for module, listed in by_module.items() if module.startswith("launch.") for flag in listed]
+    return own, [flag for flag in shared if flag not in own]
+
+
+def _flag_list(title: str, listed: Sequence[flags.Flag], width: int) -> str:
+    if not listed:
+        return ""
+    return "\n".join([f"{title}:", *(_flag_text(flag, width) for flag in listed)])
+
+
+def _flag_text(flag: flags.Flag, width: int) -> str:
+    kind = flag.flag_type()
+    head = f"  --[no]{flag.name}" if kind == "bool" else f"  --{flag.name}={_value_name(flag, kind)}"
+    required = any("other than None" in validator.message for validator in flag.validators)
+    notes = "required" if required else "may be repeated" if kind.startswith("multi") else f"default: {_default(flag)}"
+    words = re.sub(r"^<[^>]*>: |;\s+repeat this option to specify a list of values$", "", (flag.help or "").strip())  # absl's additions
+    text = textwrap.fill(f"{words} ({notes})", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"{head}\n{text}"
+
+
+def _value_name(flag: flags.Flag, kind: str) -> str:
+    choices = getattr(flag.parser, "enum_values", None)
+    if choices:
+        return "|".join(choices)
+    return {"int": "INTEGER", "float": "NUMBER", "comma separated list of strings": "A,B,..."}.get(kind, "TEXT")
+
+
+def _default(flag: flags.Flag) -> str:
+    if flag.default is None:
+        return "none"
+    return str(flag.default_as_str).strip("'") if flag.default_as_str not in ("", "''") else "empty"

@@ -1,0 +1,31 @@
+"""moe_jax: what noise does to the router of a mixture-of-experts model, and what protects it.
+
+Names are imported when first used, so that `import moe_jax.studies` (tables and reports) needs no jax.
+"""
+
+import importlib
+
+_WHERE = {
+    "ModelConfig": "moe_jax.model",
+    "DTypePolicy": "moe_jax.model",
+    "Model": "moe_jax.model",
+    "Output": "moe_jax.model",
+    "Draw": "moe_jax.keys",
+    "NoiseSpec": "moe_jax.noise",
+    "SiteNoise": "moe_jax.noise",
+    "RoutingDecision": "moe_jax.routing",
+    "RoutingTrace": "moe_jax.routing",
+    "MeshSpec": "moe_jax.mesh",
+}
+_MODULES = ("dispatch", "experts", "keys", "losses", "mesh", "model", "noise", "optim", "routing", "routing_stats", "studies", "train")
+
+__all__ = [*_WHERE, *_MODULES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"moe_jax.{name}")
+    raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

@@ -1,0 +1,243 @@
+"""Configs as plain data: a frozen dataclass to a JSON dict, its dotted fields, its digest, what differs, and typed overrides."""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from moe_jax.errors import ConfigError, closest, nearest
+
+C = TypeVar("C")
+_ABSENT = object()
+_TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null")
+
+
+# --- a config as JSON ---------------------------------------------------------------------------------------------------------
+
+
+def config_dict(config: Any) -> Any:
+    """A dataclass (or a mapping, sequence or scalar inside one) as what JSON can hold and give back unchanged.
+
+    Dataclasses and mappings become dicts, tuples and ranges lists, enums their value; a non-finite float becomes "nan", "inf"
+    or "-inf", which strict JSON lacks. Raises ConfigError for anything else: a config must be readable without Python.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: config_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): config_dict(value) for key, value in config.items()}
+    if isinstance(config, enum.Enum):
+        return config_dict(config.value)
+    if config is None or isinstance(config, bool | int | str):
+        return config
+    if isinstance(config, float):
+        return float(config) if math.isfinite(config) else str(float(config))
+    if isinstance(config, list | tuple | range):
+        return [config_dict(value) for value in config]
+    raise ConfigError(f"a config may hold numbers, text, lists and groups of them, not {type(config).__name__}: {config!r}")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's leaves by dotted name, `{"model.top_k": 2}`; a list is one leaf, and so is an empty group."""
+    config = config_dict(config)
+    if not isinstance(config, dict) or (prefix and not config):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat.update(flatten(value, f"{prefix}.{name}" if prefix else name))
+    return flat
+
+
+def digest(config: Any) -> str:
+    """sha256 of a config's canonical JSON: the same for the same fields and values in any order."""
+    text = json.dumps(config_dict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """One line, 'a.b: was 3, now 4', for every field that differs, in name order; empty when the configs are equal."""
+    before, after = flatten(old), flatten(new)
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        if _text(was) != _text(now) and not _same_number(was, now):
+            lines.append(f"{name}: was {_text(was)}, now {_text(now)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, sort_keys=True)
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    # 1 and 1.0 are the same setting; 1 and true are not.
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b)) and a == b
+
+
+# --- overrides from the command line ------------------------------------------------------------------------------------------
+
+
+def apply_overrides(config: C, overrides: Sequence[str]) -> C:
+    """A copy of a nested frozen dataclass with 'a.b=c' settings applied; a later setting of a field wins.
+
+    Text becomes the type the field declares: int, float, bool, str, Literal or Enum (by value), `X | None` ('none'), tuples as
+    comma lists. All settings are applied together, so two fields that only fit each other can change at once.
+    A float must be finite unless its field carries `metadata={"allow_nonfinite": True}`.
+
+    Raises ConfigError for an unknown field (with the nearest name and the known ones), a value of the wrong type, and a
+    combination that the dataclass itself refuses.
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = (part.strip() for part in override.partition("="))
+        if not equals or not name:
+            raise ConfigError(f"--set {override}: write it as field=value, for example --set {_example(config)}")
+        _place(config, name, text, changes)
+    return _replace(config, changes, list(overrides))
+
+
+def _place(config: Any, name: str, text: str, changes: dict[str, Any]) -> None:
+    """Walks to the group that holds field `name` and notes its parsed value in `changes`, nested as the config is."""
+    *parents, last = name.split(".")
+    group, at, prefix = config, changes, ""
+    for part in parents:
+        _check_known(config, group, part, prefix, name)
+        group, prefix = getattr(group, part), f"{prefix}{part}."
+        at = at.setdefault(part, {})
+        if not dataclasses.is_dataclass(group) or at is None:
+            now = None if at is None else config_dict(group)
+            raise ConfigError(f"--set {name}={text}: '{prefix[:-1]}' is {_text(now)}, not a group of fields")
+    _check_known(config, group, last, prefix, name)
+    kind, metadata = _declared(group, last)
+    inner, optional = getattr(group, last), type(None) in typing.get_args(kind)
+    if dataclasses.is_dataclass(inner) and not (optional and text.lower() in _NONE):
+        raise ConfigError(f"--set {name}={text}: '{name}' is a group; set one of {_fields(inner, name + '.')}")
+    at[last] = None if dataclasses.is_dataclass(inner) else parse(name, kind, text, bool(metadata.get("allow_nonfinite")))
+
+
+def _fields(group: Any, prefix: str) -> str:
+    return ", ".join(prefix + field.name for field in dataclasses.fields(group) if field.init)
+
+
+def _check_known(config: Any, group: Any, part: str, prefix: str, name: str) -> None:
+    names = [field.name for field in dataclasses.fields(group) if field.init]
+    if part not in names:
+        close = closest(part, names)
+        hint = f" (did you mean '{prefix}{close}'?)" if close else nearest(part, flatten(config))
+        raise ConfigError(f"unknown config field '{name}'{hint}; known: {_fields(group, prefix)}")
+
+
+def _declared(group: Any, field_name: str) -> tuple[Any, Mapping[Any, Any]]:
+    field = next(field for field in dataclasses.fields(group) if field.name == field_name)
+    return typing.get_type_hints(type(group))[field_name], field.metadata
+
+
+def _replace(config: C, changes: Mapping[str, Any], overrides: list[str]) -> C:
+    values = {}
+    for name, value in changes.items():
+        inner = getattr(config, name)
+        values[name] = _replace(inner, value, overrides) if isinstance(value, dict) else value
+    try:
+        return dataclasses.replace(config, **values) if values else config  # type: ignore[type-var]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"--set {' '.join(overrides)}: {error}") from error
+
+
+def _example(config: Any) -> str:
+    leaves = flatten(config)
+    name = next(iter(leaves), "field")
+    return f"{name}={leaves.get(name, 'value')}"
+
+
+# --- text to a declared type --------------------------------------------------------------------------------------------------
+
+
+def parse(name: str, kind: Any, text: str, allow_nonfinite: bool = False) -> Any:
+    """`text` as a value of the annotated type `kind`; raises ConfigError that says what was given to field `name` and what it needs."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _union(name, arguments, text, allow_nonfinite)
+    if origin is typing.Literal:
+        return _choice(name, {str(choice): choice for choice in arguments}, text)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _choice(name, {str(member.value): member for member in kind}, text)
+    if origin is tuple:
+        return _tuple(name, arguments, text, allow_nonfinite)
+    if kind is bool:
+        return _bool(name, text)
+    if kind is int:
+        return _int(name, text)
+    if kind is float:
+        return _float(name, text, allow_nonfinite)
+    if kind is str:
+        return text
+    raise ConfigError(f"--set {name}={text}: this field holds {_kind_text(kind)} and cannot be set on the command line")
+
+
+def _kind_text(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+
+
+def _wrong(name: str, text: str, needed: str) -> ConfigError:
+    return ConfigError(f"--set {name}={text}: needs {needed}, was given {text!r}")
+
+
+def _union(name: str, kinds: Iterable[Any], text: str, allow_nonfinite: bool) -> Any:
+    kinds = list(kinds)
+    if type(None) in kinds and text.lower() in _NONE:
+        return None
+    # str takes any text, so it is tried last.
+    rest = sorted((kind for kind in kinds if kind is not type(None)), key=lambda kind: kind is str)
+    error = None
+    for kind in rest:
+        try:
+            return parse(name, kind, text, allow_nonfinite)
+        except ConfigError as raised:
+            error = error or raised
+    assert error is not None
+    if len(rest) == 1:
+        raise ConfigError(f"{error}; or 'none'") if type(None) in kinds else error
+    raise _wrong(name, text, " or ".join("none" if kind is type(None) else _kind_text(kind) for kind in kinds))
+
+
+def _choice(name: str, choices: Mapping[str, Any], text: str) -> Any:
+    if text in choices:
+        return choices[text]
+    raise ConfigError(f"--set {name}={text}: needs one of {', '.join(choices)}, was given {text!r}{nearest(text, choices)}")
+
+
+def _tuple(name: str, kinds: Sequence[Any], text: str, allow_nonfinite: bool) -> tuple[Any, ...]:
+    text = text[1:-1].strip() if text[:1] + text[-1:] in ("()", "[]") else text
+    parts = [part.strip() for part in text.removesuffix(",").split(",")] if text else []
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(parts)
+    if len(kinds) != len(parts):
+        raise _wrong(name, text, f"{len(kinds)} values with commas between them")
+    return tuple(parse(name, kind, part, allow_nonfinite) for kind, part in zip(kinds, parts, strict=True))
+
+
+def _bool(name: str, text: str) -> bool:
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise _wrong(name, text, "true or false")
+
+
+def _int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _wrong(name, text, "a whole number") from None
+
+
+def _float(name: str, text: str, allow_nonfinite: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong(name, text, "a number") from None
+    if not (math.isfinite(value) or allow_nonfinite):
+        raise _wrong(name, text, "a finite number")
+    return value

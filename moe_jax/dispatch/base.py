@@ -1,0 +1,41 @@
+"""The contract of a dispatch: it takes tokens, a routing decision and experts, and returns their weighted sum and a count of what happened.
+
+    y[t] = sum_k weights[t, k] * mlp_{ids[t, k]}(x[t])
+
+No implementation may change the decision, drop a row without counting it, or let a result depend on the order or place in which rows are
+computed beyond rounding. Products go through `experts.product` with the rows' logical numbers (token*K + slot), so that whatever is drawn
+there is the same in every implementation. T tokens, D model width, E experts, K experts per token.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.routing import RoutingDecision
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("load", "dropped", "padded"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class DispatchStats:
+    """What a dispatch did with the T*K assignments."""
+
+    load: Float[Array, "E"]  # assignments computed by each expert
+    dropped: Int[Array, ""]  # assignments not computed; 0 in every implementation that does not say otherwise
+    padded: Int[Array, ""]  # rows computed beyond the assignments, to fill blocks
+
+
+def row_numbers(tokens: Int[Array, "T"] | None, decision: RoutingDecision) -> Int[Array, "T K"]:
+    """The logical row number token*K + slot of each assignment; tokens: global token numbers, default 0..T-1."""
+    count, slots = decision.ids.shape
+    tokens = jnp.arange(count) if tokens is None else tokens
+    return tokens[:, None].astype(jnp.int32) * slots + jnp.arange(slots, dtype=jnp.int32)
+
+
+def sort_by_expert(ids: Int[Array, "T K"], num_experts: int) -> tuple[Int[Array, "R"], Int[Array, "E"]]:
+    """(order, sizes): order lists the flat assignments expert by expert, in token order inside one (a stable sort); sizes counts each expert's."""
+    flat = ids.reshape(-1)
+    sizes = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    return jnp.argsort(flat, stable=True).astype(jnp.int32), sizes

@@ -1,0 +1,146 @@
+"""Dispatch by sorting the assignments and multiplying them tile by tile, with gathers alone in both directions: the form for a CPU.
+
+`tiles.py` lays the tiles out. One loop per size class has a traced count, so no tile is computed for nothing. Rows of x are gathered inside the loop;
+results are written side by side, and each token gathers its K rows. The derivative is by hand, tile by tile: no rows are ever scattered or added in
+place, and an expert's weight gradient is accumulated in the loop's carry. Saved for it: the pre-activations of all rows, [rows, F] in the type of x
+(twice when gated), and, only when the product is perturbed, its output [rows, D] in float32. The hidden layer and its mask are computed again.
+T tokens, D model width, E experts, K experts per token, F expert width, R rows of one tile.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.dispatch.base import DispatchStats, row_numbers
+from moe_jax.dispatch.tiles import Tables, Tiling, make_tables
+from moe_jax.experts import Experts, plain_product
+from moe_jax.routing import RoutingDecision
+
+
+def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int = 64, largest: int = 1024):
+    """See `dispatch`. unit, largest: the step between tile sizes and the largest of them, in rows."""
+    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest)
+    tables = make_tables(decision.ids, tiling)
+    numbers = row_numbers(tokens, decision).reshape(-1)
+    y = _weighted_sum(tiling, x, decision.weights, experts, tables, numbers)
+    return y, DispatchStats(tables.sizes.astype(jnp.float32), jnp.zeros((), jnp.int32), tables.padded)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbers):
+    """y [T,D] in the type of x. Differentiable in x, weights and experts.weights; experts.context gets no gradient."""
+    return _forward(tiling, x, weights, experts, tables, numbers)[0]
+
+
+def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbers):
+    width, names = experts.weights["up"].shape[-1], ("up", "gate") if experts.gated else ("up",)
+
+    def one_tile(size, tile, carry):
+        saved, out = carry
+        rows = _Rows.of(tables, numbers, tile, size)
+        x_rows = x[rows.assignment // weights.shape[1]]
+        pre = {name: _product(experts, name, "forward", rows, x_rows, rows.expert, (1, 0)).astype(x.dtype) for name in names}
+        hidden = experts.hidden(pre["up"], pre.get("gate"), rows.number)
+        y_rows = _product(experts, "down", "forward", rows, hidden, rows.expert, (1, 0))
+        return {name: _put(saved[name], pre[name], rows.start) for name in names}, _put(out, y_rows, rows.start)
+
+    empty = {name: jnp.zeros((tiling.rows, width), x.dtype) for name in names}
+    saved, out = _each_tile(tiling, tables, one_tile, (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32)))
+    y = _combine(out, tables, weights).astype(x.dtype)
+    kept = None if experts.product is plain_product else out
+    return y, (x, weights, experts, tables, numbers, saved, kept)
+
+
+def _backward(tiling: Tiling, residuals, dy):
+    x, weights, experts, tables, numbers, saved, kept = residuals
+    slots, flat_weights = weights.shape[1], weights.reshape(-1)
+    names = tuple(saved)
+
+    def one_tile(size, tile, carry):
+        dx_out, d_weight_out, d_experts = carry
+        rows = _Rows.of(tables, numbers, tile, size)
+        token = rows.assignment // slots
+        x_rows, dy_rows = x[token], dy[token]
+        gate = jnp.where(rows.filled, flat_weights[rows.assignment], 0.0)[:, None]
+        pre = [lax.dynamic_slice_in_dim(saved[name], rows.start, size) for name in names]
+        hidden, pull = jax.vjp(lambda *pre: experts.hidden(pre[0], pre[1] if experts.gated else None, rows.number), *pre)
+        if kept is None:  # <dy, hidden W> = <dy W^T, hidden>: the output need not be kept
+            unweighted = _product(experts, "down", "grad_input", rows, dy_rows, rows.expert, (1, 1))
+            d_weight = (unweighted * hidden).sum(1)
+            d_hidden, left = unweighted * gate, (hidden * gate).astype(x.dtype)
+            right = dy_rows
+        else:
+            d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, size) * dy_rows).sum(1)
+            right, left = (dy_rows * gate).astype(x.dtype), hidden
+            d_hidden = _product(experts, "down", "grad_input", rows, right, rows.expert, (1, 1))
+            d_hidden = jnp.where(rows.filled[:, None], d_hidden, 0.0)
+        d_experts = _accumulate(experts, d_experts, "down", rows, left, right)
+        dx_rows = jnp.zeros((), jnp.float32)
+        for name, d_pre in zip(names, pull(d_hidden.astype(x.dtype)), strict=True):
+            dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre, rows.expert, (1, 1))
+            d_experts = _accumulate(experts, d_experts, name, rows, x_rows, d_pre)
+        return _put(dx_out, dx_rows, rows.start), _put(d_weight_out, d_weight, rows.start), d_experts
+
+    carry = (
+        jnp.zeros((tiling.rows, x.shape[1]), jnp.float32),
+        jnp.zeros((tiling.rows,), jnp.float32),
+        {name: jnp.zeros(w.shape, jnp.float32) for name, w in experts.weights.items()},
+    )
+    dx_rows, d_weight, d_experts = _each_tile(tiling, tables, one_tile, carry)
+    dx = _combine(dx_rows, tables, jnp.ones_like(weights)).astype(x.dtype)
+    d_weights = d_weight[tables.row_of].reshape(weights.shape).astype(weights.dtype)
+    d_experts = {name: value.astype(experts.weights[name].dtype) for name, value in d_experts.items()}
+    return dx, d_weights, dataclasses.replace(experts, weights=d_experts, context=None), None, None
+
+
+_weighted_sum.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of one tile."""
+
+    expert: jax.Array
+    start: jax.Array  # its first row in the arrays of all rows
+    assignment: jax.Array  # Int[R] local token*K + slot; padding has those of other tiles
+    number: jax.Array  # Int[R] logical row numbers
+    filled: jax.Array  # Bool[R] False in padding
+
+    @classmethod
+    def of(cls, tables: Tables, numbers, tile, size: int) -> "_Rows":
+        assignment = lax.dynamic_slice_in_dim(tables.order, tables.first[tile], size)
+        filled = jnp.arange(size) < tables.filled[tile]
+        return cls(tables.expert[tile], tables.start[tile], assignment, numbers[assignment], filled)
+
+
+def _each_tile(tiling: Tiling, tables: Tables, one_tile, carry):
+    """carry after one_tile(size, tile, carry) for every tile, a loop for each size class. Not lax.switch: XLA:CPU copies the carry through it."""
+    for size_class in range(tiling.classes, 0, -1):
+        step = functools.partial(one_tile, size_class * tiling.unit)
+        carry = lax.fori_loop(tables.bounds[size_class], tables.bounds[size_class + 1], step, carry)
+    return carry
+
+
+def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a, expert, contract):
+    w = lax.dynamic_index_in_dim(experts.weights[name], expert, keepdims=False).astype(a.dtype)
+    return experts.product(experts.context, f"expert_{name}", pass_, rows.number, a, w, contract)
+
+
+def _accumulate(experts: Experts, d_experts: dict, name: str, rows: _Rows, a, b) -> dict:
+    """d_experts with a^T b, [*, *] over the tile's rows, added to the tile's expert."""
+    part = experts.product(experts.context, f"expert_{name}", "grad_weight", rows.number, a, b, (0, 0))
+    total = lax.dynamic_index_in_dim(d_experts[name], rows.expert, keepdims=False) + part
+    return {**d_experts, name: lax.dynamic_update_index_in_dim(d_experts[name], total, rows.expert, 0)}
+
+
+def _put(array, rows, start):
+    return lax.dynamic_update_slice_in_dim(array, rows, start, 0)
+
+
+def _combine(rows, tables: Tables, weights):
+    """sum_k weights[t,k] * rows[row_of[t,k]], [T,D], by K gathers."""
+    row_of = tables.row_of.reshape(weights.shape)
+    return sum(weights[:, k, None] * rows[row_of[:, k]] for k in range(weights.shape[1]))

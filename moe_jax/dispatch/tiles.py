@@ -1,0 +1,105 @@
+"""Where sorted assignments go: each expert's rows are padded to a unit and cut into tiles of a few static sizes.
+
+R = T*K assignments, E experts, N tiles, C size classes. Class c holds tiles of c*unit rows. A group of n rows becomes some tiles of the largest class and
+one of its remainder's class, so an expert is mostly one matmul of nearly its true size. All sizes below are static and hold any routing: nothing drops.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The static half of a layout: `unit` rows is the step between size classes, `classes` how many there are."""
+
+    assignments: int  # R
+    experts: int  # E
+    unit: int
+    classes: int
+
+    @classmethod
+    def fit(cls, assignments: int, experts: int, unit: int = 64, largest: int = 1024) -> "Tiling":
+        """A tiling whose largest tile is at most `largest` rows, rounded up to the unit, and no larger than all the work."""
+        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)))
+
+    @property
+    def largest(self) -> int:
+        return self.classes * self.unit
+
+    @property
+    def rows(self) -> int:
+        """Rows that any routing fits into: R, and at most unit - 1 more for each expert that has any."""
+        return -(-(self.assignments + min(self.experts, self.assignments) * (self.unit - 1)) // self.unit) * self.unit
+
+    @property
+    def tiles(self) -> int:
+        return self.rows // self.largest + min(self.experts, self.assignments)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("order", "row_of", "sizes", "expert", "first", "start", "filled", "bounds", "padded"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The traced half: which assignments a tile computes, and in which row each assignment is found."""
+
+    order: Int[Array, "R_pad"]  # flat assignments (token*K + slot, local) sorted by expert; then zeros, so that any tile may slice it
+    row_of: Int[Array, "R"]  # the row that computes each flat assignment
+    sizes: Int[Array, "E"]  # assignments of each expert
+    expert: Int[Array, "N"]  # the four below: per tile, tiles in ascending size
+    first: Int[Array, "N"]  # its first position in `order`
+    start: Int[Array, "N"]  # its first row
+    filled: Int[Array, "N"]  # how many of its rows are assignments; the rest is padding
+    bounds: Int[Array, "C+2"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
+    padded: Int[Array, ""]  # rows beyond the assignments
+
+
+def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
+    """The layout of one routing decision: one sort, one scatter of R scalars, and arithmetic on E and N numbers."""
+    flat, unit, largest = ids.reshape(-1).astype(jnp.int32), tiling.unit, tiling.largest
+    order, begins = _sort(flat, tiling.experts)
+    sizes = jnp.diff(begins)
+    units = -(-sizes // unit)
+    ends = jnp.cumsum(units) * unit
+    starts = ends - units * unit
+
+    position = jnp.arange(tiling.assignments, dtype=jnp.int32)
+    row = position + (starts - begins[:-1])[flat[order]]
+    row_of = jnp.zeros_like(flat).at[order].set(row, unique_indices=True, mode="promise_in_bounds")
+
+    counts = -(-units // tiling.classes)
+    last = jnp.cumsum(counts)
+    tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), tiling.experts - 1).astype(jnp.int32)
+    offset = (tile - (last - counts)[expert]) * largest
+    size_class = jnp.where(tile < last[-1], jnp.clip(units[expert] - offset // unit, 0, tiling.classes), 0)
+    by_size = jnp.argsort(size_class, stable=True)
+    return Tables(
+        order=jnp.concatenate([order, jnp.zeros(largest, jnp.int32)]),
+        row_of=row_of,
+        sizes=sizes,
+        expert=expert[by_size],
+        first=(begins[expert] + offset)[by_size],
+        start=(starts[expert] + offset)[by_size],
+        filled=jnp.clip(sizes[expert] - offset, 0, largest)[by_size],
+        bounds=jnp.searchsorted(size_class[by_size], jnp.arange(tiling.classes + 2)).astype(jnp.int32),
+        padded=ends[-1] - tiling.assignments,
+    )
+
+
+def _sort(flat: Int[Array, "R"], experts: int) -> tuple[Int[Array, "R"], Int[Array, "E+1"]]:
+    """(order, begins): the assignments expert by expert, in token order inside one, and where each expert's begin."""
+    count = flat.shape[0]
+    if count * experts < 2**31:  # one key that holds both numbers sorts faster than a pair
+        key = jnp.sort(flat * count + jnp.arange(count, dtype=jnp.int32))
+        ranked, order = key // count, key % count
+    else:
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        ranked = flat[order]
+    return order, jnp.searchsorted(ranked, jnp.arange(experts + 1)).astype(jnp.int32)

@@ -1,0 +1,182 @@
+"""What a model is: one frozen, validated configuration, and the presets."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.dispatch import IMPLEMENTATIONS
+from moe_jax.errors import ConfigError, nearest
+from moe_jax.experts import ACTIVATIONS
+from moe_jax.routing import SCORES
+
+ROPE_STYLES = ("half", "interleaved")
+QK_NORMS = ("none", "head", "projection")
+REMAT = ("none", "dots", "full")
+LOSS_CHUNKS = ("tokens", "vocabulary", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypePolicy:
+    """Number types. The router's matmul and softmax, the norms' statistics and the loss are float32 whatever stands here."""
+
+    params: str = "float32"  # stored parameters and optimizer state
+    compute: str = "float32"  # activations and matmul operands; every dot accumulates in float32
+
+    def __post_init__(self):
+        for field in ("params", "compute"):
+            if getattr(self, field) not in ("float32", "bfloat16"):
+                raise ConfigError(f"dtypes.{field} is {getattr(self, field)!r}; use float32 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: pre-norm blocks of causal attention and a feed-forward that is a mixture of experts, or dense where `dense_layers` says so."""
+
+    vocab_size: int = 512
+    d_model: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # None: as many as heads (MHA); fewer: grouped-query attention
+    head_dim: int | None = None  # None: d_model / num_heads
+    max_seq_len: int = 512
+
+    num_experts: int = 8  # 0: a dense model
+    experts_per_token: int = 2
+    d_expert: int = 128  # width of one expert
+    dense_layers: tuple[int, ...] = ()  # absolute indices of layers with a dense feed-forward
+    d_ff: int | None = None  # width of the dense feed-forward; None: d_expert
+    gated: bool = True  # act(gate) * up, or act(up)
+    activation: str = "silu"
+    router_score: str = "softmax"
+    renormalise: bool = True  # weights of the chosen experts sum to 1
+    selection_bias: bool = False  # a bias added to sigmoid scores for the selection alone
+
+    rope_theta: float = 10_000.0
+    rope_style: str = "half"  # rotate the two halves of a head, or adjacent pairs
+    norm_eps: float = 1e-6
+    qk_norm: str = "none"  # RMSNorm on q and k: per head, or over the whole projection
+    attention_bias: bool = False  # biases on q, k and v
+    output_bias: bool = False  # bias on attention's output projection
+    fused_qkv: bool = False  # one matrix for q, k and v, which Muon then orthogonalises as one
+    sliding_window: int | None = None  # a token attends to at most this many tokens, itself included
+
+    tie_embeddings: bool = True
+    scale_embedding: bool = False  # embeddings times sqrt(d_model)
+    init_std: float = 0.02
+    dropout: float = (
+        0.0  # at six sites: embedding, attention weights, attention output, expert hidden, feed-forward output, before the head
+    )
+
+    dtypes: DTypePolicy = DTypePolicy()
+    remat: str = "none"  # what a backward pass computes again: nothing, all but matmul results, or whole blocks; expert ids never
+    dispatch: str | None = None  # an implementation by name; None: picked by platform
+    scan_layers: bool = True  # False: layers unrolled, for comparison
+    loss_chunk: str = "tokens"  # cross-entropy in chunks of tokens (fast), of the vocabulary (small), or whole
+    loss_chunk_size: int = 512
+
+    def __post_init__(self):
+        object.__setattr__(self, "dense_layers", tuple(sorted(self.dense_layers)))
+        self._check_choices()
+        self._check_sizes()
+
+    def _check_choices(self):
+        choices = {
+            "activation": ACTIVATIONS,
+            "router_score": SCORES,
+            "rope_style": ROPE_STYLES,
+            "qk_norm": QK_NORMS,
+            "remat": REMAT,
+            "loss_chunk": LOSS_CHUNKS,
+            "dispatch": (None, *IMPLEMENTATIONS),
+        }
+        for field, known in choices.items():
+            value = getattr(self, field)
+            if value not in known:
+                names = [name for name in known if name]
+                raise ConfigError(f"unknown {field} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}")
+        if self.selection_bias and self.router_score != "sigmoid":
+            raise ConfigError(f"selection_bias goes with router_score=sigmoid, got {self.router_score!r}")
+
+    def _check_sizes(self):
+        for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ConfigError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}; change one of them or set head_dim")
+        if self.head_width % 2:
+            raise ConfigError(f"head_dim={self.head_width} must be even: rotary embeddings turn pairs")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(f"experts_per_token={self.experts_per_token} must be between 1 and num_experts={self.num_experts}")
+        if self.d_expert < 1 or (self.d_ff is not None and self.d_ff < 1):
+            raise ConfigError(f"d_expert={self.d_expert} and d_ff={self.d_ff} must be at least 1")
+        outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ConfigError(f"dense_layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window must be at least 1 or none, got {self.sliding_window}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def dense_width(self) -> int:
+        return self.d_expert if self.d_ff is None else self.d_ff
+
+    @functools.cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers that route."""
+        return tuple(layer for layer in range(self.num_layers) if self.num_experts and layer not in self.dense_layers)
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A changed copy, validated again; an unknown field is an error that names the nearest one."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown model field {name!r}{nearest(name, known)}")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "ModelConfig":
+        """A named configuration, with changes."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name]).replace(**changes)
+
+
+# The small gate-noise study: 79,059,840 parameters, of which 36,592,512 work on a token.
+_SEED: dict[str, Any] = dict(
+    vocab_size=49_152,
+    d_model=384,
+    num_layers=6,
+    num_heads=8,
+    max_seq_len=512,
+    num_experts=8,
+    experts_per_token=2,
+    d_expert=1536,
+    gated=False,
+    rope_style="interleaved",
+    norm_eps=1.1920929e-07,  # machine epsilon of float32, torch's default
+    fused_qkv=True,
+    scale_embedding=True,
+    dropout=0.1,
+)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # for tests: every part is there, a step takes milliseconds
+    "tiny": dict(vocab_size=260, d_model=32, num_layers=2, num_heads=4, num_experts=4, d_expert=48, max_seq_len=64),
+    # the seed's shape at a size that two cores train in seconds
+    "quick": _SEED | dict(vocab_size=2048, d_model=96, num_layers=4, num_heads=4, d_expert=192, max_seq_len=128),
+    # the same in minutes
+    "small": _SEED | dict(vocab_size=4096, d_model=192, num_layers=4, num_heads=6, d_expert=512, max_seq_len=256),
+    "seed_79m": _SEED,
+}

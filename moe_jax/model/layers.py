@@ -1,0 +1,138 @@
+"""The small parts of a block: what a layer knows besides its input (Scope), normalisation, linear maps, rotary positions, the dense MLP.
+
+B batch, S sequence, T = B*S tokens, D model width, H heads, N head width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
+
+from moe_jax import keys
+from moe_jax.axes import ParamSpec
+from moe_jax.experts import ACTIVATIONS
+from moe_jax.model.bind import declare
+from moe_jax.model.config import ModelConfig
+from moe_jax.noise import SiteNoise, draws, perturb
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "layer", "tokens", "scales"), meta_fields=("sites", "dropout"))
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Where in the model and in which draw a layer stands: everything random in it is a function of this and of the token's number."""
+
+    key: UInt32[Array, "2"]  # of the seed, step and phase
+    layer: Int[Array, ""] | int  # absolute layer, -1 outside the layers
+    tokens: Int[Array, "B S"]  # global token numbers
+    scales: dict[str, Float[Array, ""]]  # this layer's noise scale by site
+    sites: tuple[tuple[str, SiteNoise], ...] = ()  # the sites that act in this phase
+    dropout: float = 0.0  # 0 outside training
+
+    def at(self, layer, scales) -> "Scope":
+        return dataclasses.replace(self, layer=layer, scales=scales)
+
+    def stream(self, site: str, pass_: str = "forward") -> UInt32[Array, "2"]:
+        return keys.stream(self.key, self.layer, site, pass_)
+
+    def drop(self, y: Float[Array, "B S D"], site: str) -> Float[Array, "B S D"]:
+        """Dropout on the last axis."""
+        if not self.dropout:
+            return y
+        mask = draws.dropout_mask(self.stream(f"dropout_{site}"), self.tokens.reshape(-1), y.shape[-1], self.dropout)
+        return y * mask.reshape(y.shape).astype(y.dtype)
+
+    def perturb(self, y: Float[Array, "T D"], site: str) -> Float[Array, "T D"]:
+        """y with this site's noise, or y itself when the site does not act here."""
+        noise = dict(self.sites).get(site)
+        if noise is None or "forward" not in noise.passes:
+            return y
+        return perturb(y, noise.kind, self.scales[site], self.stream(site), self.tokens.reshape(-1))
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """x @ w in x's type with float32 accumulation, backward products too; the gradient of w is returned in w's type.
+
+    (The derivative that jax makes by itself multiplies a float32 cotangent by bfloat16 operands, which a CPU does at half the speed.)
+    """
+    return _dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
+
+
+def _dot(a, b, contract_a, contract_b):
+    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _linear_forward(x, w):
+    return linear(x, w), (x, w)
+
+
+def _linear_backward(saved, dy):
+    x, w = saved
+    dy = dy.astype(x.dtype)
+    dx = _dot(dy, w.astype(x.dtype), dy.ndim - 1, 1).astype(x.dtype)
+    dw = _dot(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), 0, 0).astype(w.dtype)
+    return dx, dw
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) * scale, with the statistics in float32 (Zhang and Sennrich 2019)."""
+    exact = x.astype(jnp.float32)
+    return (exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig, width: int, axis: str = "embed"):
+        self.eps = config.norm_eps
+        self.scale = declare(ParamSpec((width,), (axis,), "norm", "ones", dtype=config.dtypes.params))
+
+    def __call__(self, x):
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def weight(config: ModelConfig, shape, axes, role: str = "hidden") -> nnx.Param:
+    """A matrix drawn from N(0, init_std)."""
+    return declare(ParamSpec(tuple(shape), tuple(axes), role, "normal", config.init_std, config.dtypes.params))
+
+
+def bias(config: ModelConfig, width: int, axis: str) -> nnx.Param:
+    return declare(ParamSpec((width,), (axis,), "bias", "zeros", dtype=config.dtypes.params))
+
+
+def rotate(x: Float[Array, "B S H N"], positions: Int[Array, "B S"], theta: float, style: str) -> Float[Array, "B S H N"]:
+    """Rotary position embedding in float32 (Su et al. 2021). "half" pairs n with n + N/2, "interleaved" pairs 2n with 2n + 1.
+
+    Written as x*cos + flip(x)*sin over an axis of pairs: all elementwise, where joining halves would be a pass of its own.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    pair, shape = (-2, (2, half)) if style == "half" else (-1, (half, 2))
+    signs = jnp.expand_dims(jnp.array([-1.0, 1.0]), -1 if style == "half" else 0)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
+    turned = pairs * jnp.expand_dims(jnp.cos(angles), pair) + jnp.flip(pairs, pair) * (jnp.expand_dims(jnp.sin(angles), pair) * signs)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """The dense feed-forward: down(act(up x)), or down(act(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig):
+        width = config.dense_width
+        self.activation = config.activation
+        self.up = weight(config, (config.d_model, width), ("embed", "mlp"))
+        self.down = weight(config, (width, config.d_model), ("mlp", "embed"))
+        if config.gated:
+            self.gate = weight(config, (config.d_model, width), ("embed", "mlp"))
+        self.gated = config.gated
+
+    def __call__(self, x, scope: Scope):
+        act = ACTIVATIONS[self.activation]
+        up = linear(x, self.up[...])
+        hidden = act(linear(x, self.gate[...])) * up if self.gated else act(up)
+        return linear(scope.drop(hidden, "expert_hidden"), self.down[...])

@@ -1,0 +1,176 @@
+"""The model a user holds: a configuration bound to functions of a plain dict of parameters. It holds no arrays.
+
+B batch, S sequence, T = B*S tokens, D model width, V vocabulary, L MoE layers, E experts, K experts per token.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from moe_jax import paths
+from moe_jax.axes import ParamSpec, Rules
+from moe_jax.errors import ConfigError
+from moe_jax.keys import Draw, parameter_key
+from moe_jax.losses import cross_entropy
+from moe_jax.mesh import DEFAULT_RULES
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.layers import Scope
+from moe_jax.model.transformer import declare_decoder
+from moe_jax.noise import Noise, NoiseSpec
+from moe_jax.routing import RoutingTrace
+
+CAPTURES = ("trace", "router_logits", "residual_ids")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "logits", "trace", "router_logits", "aux", "load", "residual_ids"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What one forward pass returns. The fields that were not asked for are None."""
+
+    hidden: Float[Array, "B S D"]  # after the final norm
+    logits: Float[Array, "B S V"] | None  # float32
+    trace: RoutingTrace | None  # capture "trace"
+    router_logits: Float[Array, "L B S E"] | None  # capture "router_logits": before softmax, as selection saw them
+    aux: dict[str, tuple[jax.Array, jax.Array]]  # (sum, count): balance_loss and z_loss over layers, router/… over tokens and layers
+    load: Float[Array, "L E"] | None  # assignments per expert; None for a dense model
+    residual_ids: (
+        Int[Array, "L B S K"] | None
+    )  # capture "residual_ids": the choice if each router read its block's input (not real routing)
+
+
+class Model:
+    """A decoder for one configuration, on one mesh.
+
+    mesh: a jax Mesh, or None for wherever the arrays are. rules: logical axis -> mesh axis.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES):
+        self.config, self.mesh, self.rules = config, mesh, rules
+        self.specs, self._forward = declare_decoder(config)
+
+    def init(self, seed: int | jax.Array = 0) -> dict[str, Any]:
+        """The starting parameters, a nested dict: each a function of the seed and its own path, made where the mesh wants it."""
+        return self._init(jnp.asarray(seed, jnp.uint32))
+
+    @functools.cached_property
+    def _init(self):
+        def init(seed):
+            flat = paths.flatten(self.specs)
+            return paths.unflatten({path: spec.initial(parameter_key(seed, path)) for path, spec in flat.items()})
+
+        return jax.jit(init, out_shardings=self.shardings)
+
+    @property
+    def shardings(self) -> dict[str, Any] | None:
+        """The NamedSharding of each parameter, or None without a mesh."""
+        if self.mesh is None:
+            return None
+        sizes = dict(self.mesh.shape)
+        return self._map(lambda spec: NamedSharding(self.mesh, self.rules.partition(spec.axes, spec.shape, sizes)))
+
+    def abstract(self) -> dict[str, Any]:
+        """The parameters as ShapeDtypeStructs, with their shardings when there is a mesh."""
+        shapes = self._map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, self.shardings
+        )
+
+    def _map(self, function):
+        return jax.tree.map(function, self.specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+    def apply(
+        self,
+        params: dict[str, Any],
+        tokens: Int[Array, "B S"],
+        noise: NoiseSpec | Noise | None = None,
+        draw: Draw | None = None,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> Output:
+        """One forward pass with logits.
+
+        noise: what is perturbed; the scales are arrays, the rest static. draw: which draw of it (default: seed 0, step 0, phase "eval").
+        train: dropout on. capture: any of "trace", "router_logits", "residual_ids".
+        Raises ConfigError for a sequence longer than max_seq_len, unknown captures, and noise on layers that are not there.
+        """
+        out = self.features(params, tokens, noise, draw, train, capture)
+        logits = jnp.einsum("bsd,vd->bsv", out.hidden, self.head(params).astype(out.hidden.dtype), preferred_element_type=jnp.float32)
+        return dataclasses.replace(out, logits=logits)
+
+    def features(self, params, tokens, noise=None, draw=None, train=False, capture=()) -> Output:
+        """As `apply`, without the head's matmul: logits is None."""
+        config = self.config
+        unknown = [name for name in capture if name not in CAPTURES]
+        if unknown:
+            raise ConfigError(f"unknown capture {unknown}; known: {', '.join(CAPTURES)}")
+        if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
+            raise ConfigError(f"tokens must be [batch, sequence up to max_seq_len={config.max_seq_len}], got shape {tokens.shape}")
+        draw = Draw() if draw is None else draw
+        resolved = noise.resolve(config.num_layers) if isinstance(noise, NoiseSpec) else noise
+        acting = None if resolved is None else resolved.in_phase(draw.phase)
+
+        batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + positions
+        scope = Scope(draw.key(), -1, rows, {}, acting.structure if acting else (), config.dropout if train else 0.0)
+        hidden, router = self._forward(params, tokens, positions, scope, acting.scales if acting else {}, tuple(capture))
+        return self._output(hidden, router, capture)
+
+    def loss(self, params, tokens, targets, weights=None, **options) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
+        """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; `options` as for `apply`.
+
+        tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all.
+        """
+        out = self.features(params, tokens, **options)
+        weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
+        flat = out.hidden.reshape(-1, out.hidden.shape[-1])
+        total, metrics = cross_entropy(
+            flat, self.head(params), targets.reshape(-1), weights, self.config.loss_chunk, self.config.loss_chunk_size
+        )
+        return total, metrics, out
+
+    def head(self, params) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits."""
+        return params["embedding"] if self.config.tie_embeddings else params["head"]
+
+    def _output(self, hidden, router, capture) -> Output:
+        if not router:
+            return Output(hidden, None, None, None, {}, None, None)
+        trace = None
+        if "trace" in capture:
+            trace = RoutingTrace(router["ids"], router["weights"], jnp.array(self.config.moe_layers, jnp.int32))
+        layers = jnp.asarray(len(self.config.moe_layers), jnp.float32)
+        aux = {name: (router[name].sum(), layers) for name in ("balance_loss", "z_loss")}
+        aux |= {name: (value[0].sum(), value[1].sum()) for name, value in router.items() if name.startswith("router/")}
+        logits = router["logits"] if "router_logits" in capture else None
+        return Output(hidden, None, trace, logits, aux, router["load"], router.get("residual_ids"))
+
+    def parameter_count(self) -> int:
+        return sum(spec.size for spec in paths.flatten(self.specs).values())
+
+    def active_parameter_count(self) -> int:
+        """Parameters that work on one token: all but the experts it is not sent to."""
+        idle = self.config.num_experts - self.config.experts_per_token
+        experts = sum(spec.size for spec in paths.flatten(self.specs).values() if spec.role == "expert")
+        return self.parameter_count() - (experts // self.config.num_experts * idle if self.config.num_experts else 0)
+
+    def param_table(self) -> str:
+        """Name, shape, logical axes and role of every parameter, aligned, with the totals."""
+        rows = [
+            (path, str(spec.shape), " ".join(spec.axes), spec.role, f"{spec.size:,}") for path, spec in paths.flatten(self.specs).items()
+        ]
+        rows = [("parameter", "shape", "axes", "role", "count"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"total {self.parameter_count():,}, active {self.active_parameter_count():,}"])

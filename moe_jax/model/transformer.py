@@ -1,0 +1,158 @@
+"""The decoder: embedding, blocks under one scan, final norm; everything the routers did comes back as scan outputs.
+
+B batch, S sequence, D model width, V vocabulary, L layers, E experts, K experts per token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.axes import ParamSpec
+from moe_jax.model.attention import Attention
+from moe_jax.model.bind import bind
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.layers import MLP, RMSNorm, Scope, weight
+from moe_jax.model.moe import ROUTING_IDS, MoE
+
+
+class Block(nnx.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, config: ModelConfig, moe: bool):
+        self.norm_attention = RMSNorm(config, config.d_model)
+        self.attention = Attention(config)
+        self.norm_moe = RMSNorm(config, config.d_model)
+        self.moe = moe
+        self.feed_forward = MoE(config) if moe else MLP(config)
+
+    def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...]):
+        """(x after the block, what its router did or {})."""
+        entered = x
+        x = x + scope.drop(self.attention(self.norm_attention(x), positions, scope), "attention_output")
+        read = self.norm_moe(x)
+        if not self.moe:
+            return x + scope.drop(self.feed_forward(read, scope), "feed_forward_output"), {}
+        y, router = self.feed_forward(read, scope)
+        if "residual_ids" in capture:
+            router["residual_ids"] = self.feed_forward.ids_on(entered)
+        return x + scope.drop(y, "feed_forward_output"), router
+
+
+class Ends(nnx.Module):
+    """What stands before and after the blocks."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        shape, axes = (config.vocab_size, config.d_model), ("vocab", "embed")
+        self.embedding = weight(config, shape, axes, "embedding")
+        self.norm_final = RMSNorm(config, config.d_model)
+        if not config.tie_embeddings:
+            self.head = weight(config, shape, axes, "head")
+
+    def __call__(self, blocks: Callable, tokens: Int[Array, "B S"], scope: Scope):
+        x = self.embedding[...][tokens].astype(self.config.dtypes.compute)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
+        x, router = blocks(scope.drop(x, "embedding"))
+        return scope.drop(self.norm_final(x), "final"), router
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Layers whose parameters are stacked under one name."""
+
+    name: str
+    moe: bool
+    layers: tuple[int, ...]  # absolute indices, ascending
+
+
+def layer_plan(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
+    """Segments, each one scan over the stacks it lists, in order: a repeating pattern is one scan, otherwise each run of equal layers is one."""
+    kinds = [layer in config.moe_layers for layer in range(config.num_layers)]
+    count = len(kinds)
+    period = next(p for p in range(1, count + 1) if count % p == 0 and kinds == kinds[:p] * (count // p))
+    if period < count or count == 1:
+        segments = [[tuple(range(start, count, period)) for start in range(period)]]
+    else:
+        starts = [0, *(i for i in range(1, count) if kinds[i] != kinds[i - 1]), count]
+        segments = [[tuple(range(first, last))] for first, last in zip(starts[:-1], starts[1:], strict=True)]
+    stacks = [layers for segment in segments for layers in segment]
+    names = ["layers"] if len(stacks) == 1 else [f"layers_{index}" for index in range(len(stacks))]
+    named = iter(names)
+    return tuple(tuple(Stack(next(named), kinds[layers[0]], layers) for layers in segment) for segment in segments)
+
+
+def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
+    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture) -> (hidden, router)."""
+    ends_specs, ends = bind(Ends(config))
+    block_specs, blocks = {}, {}
+    plan = layer_plan(config)
+    for moe in {stack.moe for segment in plan for stack in segment}:
+        block_specs[moe], blocks[moe] = bind(Block(config, moe))
+    specs = dict(ends_specs)
+    for segment in plan:
+        for stack in segment:
+            repeat = functools.partial(ParamSpec.stacked, count=len(stack.layers))
+            specs[stack.name] = jax.tree.map(repeat, block_specs[stack.moe], is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+    def forward(params, tokens, positions, scope: Scope, scales: Mapping[str, Float[Array, "L"]], capture: tuple[str, ...]):
+        def through_blocks(x):
+            found = []
+            for segment in plan:
+                x, outputs = _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture)
+                found.extend((stack.layers, output) for stack, output in zip(segment, outputs, strict=True) if output)
+            return x, _in_layer_order(found)
+
+        own = {name: value for name, value in params.items() if name in ends_specs}
+        return ends(own, through_blocks, tokens, scope)
+
+    return specs, forward
+
+
+def _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture):
+    """x through one segment, and for each of its stacks what the routers did, with a leading axis of that stack's layers."""
+
+    def step(x, per_layer):
+        outputs = []
+        for stack, (layer_params, layer, layer_scales) in zip(segment, per_layer, strict=True):
+            x, output = blocks[stack.moe](layer_params, x, positions, scope.at(layer, layer_scales), capture)
+            outputs.append(output)
+        return x, outputs
+
+    step = remat(step, config.remat)
+    per_layer = [
+        (params[stack.name], jnp.array(stack.layers, jnp.int32), {site: scale[jnp.array(stack.layers)] for site, scale in scales.items()})
+        for stack in segment
+    ]
+    if config.scan_layers:
+        return jax.lax.scan(step, x, per_layer)
+    outputs = []
+    for index in range(len(segment[0].layers)):
+        x, output = step(x, jax.tree.map(lambda leaf: leaf[index], per_layer))  # noqa: B023 (read at once)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def remat(step: Callable, policy: str) -> Callable:
+    """The step with a policy of what its backward pass computes again; the chosen expert ids are saved under each."""
+    names = jax.checkpoint_policies.save_only_these_names(ROUTING_IDS)
+    if policy == "none":
+        return step
+    if policy == "dots":
+        names = jax.checkpoint_policies.save_from_both_policies(names, jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.checkpoint(step, policy=names)
+
+
+def _in_layer_order(found: list[tuple[tuple[int, ...], dict]]) -> dict:
+    """The routers' outputs of all stacks along one leading axis, in the order of the layers in the model."""
+    if len(found) <= 1:
+        return found[0][1] if found else {}
+    order = np.argsort([layer for layers, _ in found for layer in layers])
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *(output for _, output in found))

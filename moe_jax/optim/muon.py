@@ -1,0 +1,198 @@
+"""Muon for stacks of matrices: momentum, then each matrix of the stack replaced by a nearly orthogonal one.
+
+A parameter is [..., in, out]: the last two axes are a matrix (y = x @ W) and every axis before them counts separate matrices.
+m is the shorter of the two, n the longer.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from optax.contrib import MuonDimensionNumbers
+
+from moe_jax.errors import ConfigError, nearest
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
+FORMS = ("auto", "standard", "gram")
+DTYPES = ("float32", "bfloat16")
+BATCHES = ("map", "vmap")
+MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+
+def orthogonalise(
+    x: jax.Array,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    form: str = "auto",
+    dtype: str = "float32",
+    eps: float = 1e-7,
+    batch: str | None = None,
+) -> jax.Array:
+    """The Newton-Schulz image of every matrix in x [..., in, out]: same singular vectors, singular values near 1; float32.
+
+    form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that, always in
+    float32 (bfloat16 Gram matrices lose the small singular values): fewer operations when n > 1.5 m. "auto" is "gram" there and
+    "standard" otherwise. dtype: of the operands of the standard form; products accumulate in float32 either way.
+    batch: "map" takes the matrices one after the other (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
+    so their sharding stays); None decides by the platform the program is lowered for.
+    A zero matrix stays zero. Raises ConfigError for an unknown form, dtype or batch.
+    Source: Jordan et al. 2024, "Muon" (Frobenius pre-scaling, the quintic); Gram form: the same polynomial with R = X Xᵀ carried along.
+    """
+    _known("form", form, FORMS)
+    _known("dtype", dtype, DTYPES)
+    if x.ndim < 2:
+        raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
+    m, n = sorted(x.shape[-2:])
+    gram = form == "gram" or (form == "auto" and n > 1.5 * m)
+    one = partial(_gram, eps=eps) if gram else partial(_standard, eps=eps, dtype=dtype)
+    solve = partial(one, steps=steps, coefficients=coefficients)
+    x = x.astype(jnp.float32)
+    if x.ndim == 2 or batch == "vmap":
+        return solve(x)
+    if batch is None:
+        return lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
+    _known("batch", batch, BATCHES)
+    return _mapped(solve, x)
+
+
+def _mapped(solve: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return lax.map(solve, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+
+
+def _known(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {what} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # HIGHEST: float32 means float32 (the default is TF32 on NVIDIA and bfloat16 passes on TPU); bfloat16 operands are not affected.
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> jax.Array:
+    """X <- a X + (b A + c A²) X with A = X Xᵀ, on the shorter side."""
+    a, b, c = coefficients
+    wide = x.shape[-2] <= x.shape[-1]
+    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)).astype(dtype)
+    for _ in range(steps):
+        r = (_matmul(x, x.mT) if wide else _matmul(x.mT, x)).astype(dtype)
+        p = (b * r + c * _matmul(r, r)).astype(dtype)
+        x = (a * x + (_matmul(p, x) if wide else _matmul(x, p))).astype(dtype)
+    return x.astype(jnp.float32)
+
+
+def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> jax.Array:
+    """The same polynomial as Q(R) X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All of them commute and are symmetric."""
+    a, b, c = coefficients
+    wide = x.shape[-2] <= x.shape[-1]
+    r = _matmul(x, x.mT) if wide else _matmul(x.mT, x)
+    # trace(R) is the squared Frobenius norm, so the pre-scaling costs no pass over X.
+    scale = 1.0 / (jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None, None] + eps)
+    r = r * scale**2
+    q = identity = jnp.eye(r.shape[-1], dtype=r.dtype)
+    for step in range(steps):
+        p = a * identity + b * r + c * _matmul(r, r)
+        q = p if step == 0 else _matmul(p, q)
+        if step + 1 < steps:
+            r = _matmul(_matmul(p, r), p)
+    q = q * scale
+    return _matmul(q, x) if wide else _matmul(x, q)
+
+
+class MuonState(NamedTuple):
+    """count: updates done. momentum: exponential moving average of the gradients, shaped as the parameters."""
+
+    count: jax.Array
+    momentum: optax.Updates
+
+
+def scale_by_muon(
+    beta: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    bias_correction: bool = False,
+    consistent_rms: float | None = None,
+    dead: str = "keep",
+    dimension_numbers: MuonDimensionNumbers | optax.Params = MATRIX,
+    form: str = "auto",
+    dtype: str = "float32",
+    eps: float = 1e-7,
+    batch: str | None = None,
+) -> optax.GradientTransformation:
+    """Muon's direction for every leaf, without learning rate or weight decay.
+
+    momentum <- beta momentum + (1 - beta) g, mixed once more with g when `nesterov`; bias_correction divides as optax does (the seed
+    study did not). The orthogonal matrix is scaled by sqrt(max(1, out/in)) (Keller Jordan), or by consistent_rms * sqrt(max(in, out))
+    when that is given (0.2 in Moonlight, arXiv 2502.16982).
+    dead: a matrix of a stack whose gradient is exactly zero (an expert that got no token) still moves under "keep", at full size for
+    hundreds of updates, because orthogonalising undoes the decay of its momentum; under "skip" it gets no update. Its momentum
+    decays under both.
+    dimension_numbers: one for every leaf, or a tree of them shaped as the parameters; axes that they do not name count matrices.
+    steps, coefficients, form, dtype, eps, batch: see `orthogonalise`.
+    """
+    _known("dead", dead, ("keep", "skip"))
+
+    def direction(mixed, gradient, numbers):
+        matrices, restore = as_matrices(mixed, numbers)
+        update = orthogonalise(matrices, steps, coefficients, form, dtype, eps, batch) * shape_scale(matrices.shape, consistent_rms)
+        if dead == "skip":
+            update = update * jnp.any(as_matrices(gradient, numbers)[0] != 0, axis=(-2, -1), keepdims=True)
+        return restore(update).astype(mixed.dtype)
+
+    def init(params):
+        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        momentum = optax.tree.update_moment(gradients, state.momentum, beta, 1)
+        mixed = _mix(momentum, gradients, beta, nesterov, count if bias_correction else None)
+        one = isinstance(dimension_numbers, MuonDimensionNumbers)
+        numbers = jax.tree.map(lambda _: dimension_numbers, gradients) if one else dimension_numbers
+        return jax.tree.map(direction, mixed, gradients, numbers), MuonState(count, momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mix(momentum: optax.Updates, gradients: optax.Updates, beta: float, nesterov: bool, count: jax.Array | None) -> optax.Updates:
+    """What is orthogonalised: the momentum, looking one gradient ahead if `nesterov`; bias-corrected if a `count` is given."""
+    if nesterov:
+        if count is not None:
+            momentum = optax.tree.bias_correction(momentum, beta, optax.safe_increment(count))
+            gradients = optax.tree.bias_correction(gradients, beta, count)
+        return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, gradients)
+    return momentum if count is None else optax.tree.bias_correction(momentum, beta, count)
+
+
+def shape_scale(shape: tuple[int, ...], consistent_rms: float | None = None) -> float:
+    """The factor that makes updates of matrices [..., in, out] comparable: Keller Jordan's, or Moonlight's when consistent_rms is given."""
+    fan_in, fan_out = shape[-2:]
+    if consistent_rms is None:
+        return math.sqrt(max(1.0, fan_out / fan_in))
+    return consistent_rms * math.sqrt(max(fan_in, fan_out))
+
+
+def as_matrices(x: jax.Array, numbers: MuonDimensionNumbers = MATRIX) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """x as [stack..., in, out], and the function that undoes it. The stack axes keep their order and are never merged."""
+    inputs, outputs = (tuple(a % x.ndim for a in ([axes] if isinstance(axes, int) else axes)) for axes in numbers)
+    if set(inputs) & set(outputs) or not inputs or not outputs:
+        raise ConfigError(f"a matrix needs separate input and output axes, got {numbers} for shape {x.shape}")
+    stack = tuple(a for a in range(x.ndim) if a not in inputs + outputs)
+    order = stack + inputs + outputs
+    if order == tuple(range(x.ndim)) and len(inputs) == len(outputs) == 1:
+        return x, lambda y: y
+    moved = x.transpose(order)
+    sizes = moved.shape[: len(stack)], moved.shape[len(stack) : len(stack) + len(inputs)], moved.shape[len(stack) + len(inputs) :]
+    back = tuple(order.index(a) for a in range(x.ndim))
+    return moved.reshape(*sizes[0], math.prod(sizes[1]), math.prod(sizes[2])), lambda y: y.reshape(moved.shape).transpose(back)
+
+
+def matrix_rms(x: jax.Array, numbers: MuonDimensionNumbers = MATRIX) -> jax.Array:
+    """Root mean square of each matrix of the stack, shape [stack...]: of an update, it shows experts that move without tokens."""
+    return jnp.sqrt(jnp.mean(jnp.square(as_matrices(x, numbers)[0]), axis=(-2, -1)))

@@ -1,0 +1,331 @@
+"""An append-only file, `ledger.jsonl`, that holds a study's design and every run of it, failures too.
+
+The first line is the design with its digest; every other line is one run. A line is one write to a descriptor opened for
+appending, then fsync, so a killed writer leaves at most one torn last line. Reading ignores that line; the next append closes it
+and writes a `torn` row that names it, so nothing is ever rewritten and damage elsewhere is still seen.
+
+Numbers are exact: JSON keeps the shortest text that reads back as the same float64. The metrics of a finished run are finite; a
+run that ended in nan has failed. Elsewhere (metrics of failed runs, series, arrays) nan and infinities are the strings "nan",
+"inf", "-inf" in the file and floats again when read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.errors import ConfigError, DataError
+from moe_jax.studies.design import Cell, CellKey, Design, cell_key, differences, hint
+
+FILE_NAME = "ledger.jsonl"
+SCHEMA = 1
+STATUSES = ("finished", "failed")
+RunKey = tuple[CellKey, int]  # cell and seed
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class LedgerMissing(DataError):
+    """There is no ledger in the folder."""
+
+
+class LedgerDamaged(DataError):
+    """A line of the ledger is not what was written; the message names the line."""
+
+
+class StudyMismatch(ConfigError):
+    """The folder holds another study; the message shows what differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of one cell with one seed: a line of the ledger."""
+
+    cell: Cell
+    seed: int
+    status: str = "finished"  # "finished" | "failed"
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    series: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> [[step, value], ...]
+    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # "load": [layer][expert] tokens or shares
+    seconds: float = 0.0  # wall time of the run
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # versions, commit, device, ...
+    error: str = ""  # why it failed; empty when finished
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cell", dict(self.cell))
+
+    @property
+    def key(self) -> RunKey:
+        return cell_key(self.cell), self.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """A ledger on disk and the design in its first line. Every question reads the file again, so an answer is never stale."""
+
+    path: Path
+    design: Design
+
+    @classmethod
+    def open(cls, workdir: str | os.PathLike[str], design: Design) -> Ledger:
+        """The ledger of `design` in `workdir`, begun if there is none.
+
+        Raises StudyMismatch when the folder holds another study, LedgerDamaged when its file cannot be read.
+        """
+        path = Path(workdir) / FILE_NAME
+        if not path.exists():
+            _begin(path, design)
+        found = cls.read(workdir).design
+        if found.digest() != design.digest():
+            changes = "; ".join(differences(found, design))
+            raise StudyMismatch(
+                f"{workdir} holds the study {found.name!r} (digest {found.digest()[:12]}), not this one ({design.digest()[:12]}): "
+                f"{changes}. Use another workdir, or the design that began this one."
+            )
+        return cls(path, found)
+
+    @classmethod
+    def read(cls, workdir: str | os.PathLike[str]) -> Ledger:
+        """The ledger in `workdir`, whatever its study is. Raises LedgerMissing or LedgerDamaged."""
+        path = Path(workdir) / FILE_NAME
+        if not path.exists():
+            raise LedgerMissing(f"no {FILE_NAME} in {workdir}: no study has begun there")
+        return cls(path, _scan(path).design)
+
+    def runs(self) -> tuple[Run, ...]:
+        """Every run in the order of the file, failures and all."""
+        return _scan(self.path).runs
+
+    def torn_lines(self) -> tuple[int, ...]:
+        """The line numbers (from 1) that a killed writer left half written; each is a run that will be missing."""
+        return _scan(self.path).torn
+
+    def finished(self) -> dict[RunKey, Run]:
+        """The finished run of each (cell, seed) that has one."""
+        return {run.key: run for run in self.runs() if run.status == "finished"}
+
+    def failed(self) -> tuple[Run, ...]:
+        """Every failed run, also those that a later run made good."""
+        return tuple(run for run in self.runs() if run.status == "failed")
+
+    def missing(self) -> tuple[tuple[dict[str, Any], int], ...]:
+        """The (cell, seed) pairs that have no finished run, in the order in which the design runs them."""
+        done = self.finished()
+        return tuple((cell, seed) for cell, seed in self.design.runs() if (cell_key(cell), seed) not in done)
+
+    def append(self, run: Run) -> None:
+        """Writes one run and waits until it is on disk.
+
+        Raises ValueError for a run that does not belong to the design, is not complete or is finished already: a study counts a
+        run once.
+        """
+        line = _encode(self.design, run)
+        scan = _scan(self.path)
+        if run.status == "finished" and run.key in scan.finished_at:
+            where = scan.finished_at[run.key]
+            raise ValueError(f"{self.path}: {_name(run)} is finished already (line {where}); a study counts a run once")
+        _write(self.path, scan.healing + line)
+
+
+def _name(run: Run) -> str:
+    return f"{', '.join(f'{k}={v}' for k, v in run.cell.items())}, seed {run.seed}"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _begin(path: Path, design: Design) -> None:
+    """Writes the header beside its place and moves it there, so that a ledger never exists without its design."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"kind": "design", "schema": SCHEMA, "digest": design.digest(), "design": design.to_json()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "xb") as file:
+        file.write(_line(header))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        written = os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if written < len(data):
+        raise OSError(f"{path}: only {written} of {len(data)} bytes were written (is the disk full?); the run is not recorded")
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _encode(design: Design, run: Run) -> bytes:
+    """One line of the file. Raises ValueError for a run that the design does not know or that lacks something."""
+    _check_run(design, run)
+    strict = run.status == "finished"
+    row = {
+        "kind": "run",
+        "status": run.status,
+        "cell": dict(run.cell),
+        "seed": run.seed,
+        "metrics": {name: _number(v, f"metric {name!r} of {_name(run)}", strict) for name, v in run.metrics.items()},
+        "series": {name: _series(v, name) for name, v in run.series.items()},
+        "arrays": {name: _numbers(v, f"array {name!r}") for name, v in run.arrays.items()},
+        "seconds": _number(run.seconds, "seconds", True),
+        "provenance": dict(run.provenance),
+        "error": run.error,
+    }
+    try:
+        return _line(row)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the provenance of {_name(run)} must be JSON values: {error}") from error
+
+
+def _check_run(design: Design, run: Run) -> None:
+    planned = {(cell_key(cell), seed) for cell, seed in design.runs()}
+    if run.key not in planned:
+        raise ValueError(f"{_name(run)} is not one of the {len(planned)} runs of study {design.name!r}")
+    if run.status not in STATUSES:
+        raise ValueError(f"status {run.status!r}{hint(run.status, STATUSES)}")
+    if (run.status == "failed") != bool(run.error):
+        raise ValueError(
+            f"{_name(run)}: status {run.status!r} with error {run.error!r}; a failed run says why, a finished one has no error"
+        )
+    absent = [m.name for m in design.metrics if m.name not in run.metrics]
+    if run.status == "finished" and absent:
+        hints = "; ".join(f"{name!r}{hint(name, run.metrics)}" for name in absent)
+        raise ValueError(f"{_name(run)} is finished but lacks {len(absent)} of {len(design.metrics)} metrics ({hints})")
+
+
+def _number(value: Any, what: str, strict: bool = False) -> int | float | str:
+    """A JSON number, or "nan", "inf", "-inf"; with `strict` ValueError for those."""
+    value = value.item() if hasattr(value, "item") else value  # an array library's scalar
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is {value!r}, not a number")
+    if math.isfinite(value):
+        return value
+    if strict:
+        raise ValueError(f"{what} is {value}; a run that did not end in finite numbers is recorded as failed")
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+def _numbers(value: Any, what: str) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return [_numbers(v, what) for v in value]
+    return _number(value, what)
+
+
+def _series(value: Any, name: str) -> list[Any]:
+    points = _numbers(value, f"series {name!r}")
+    if not all(isinstance(p, list) and len(p) == 2 for p in points):
+        raise ValueError(f"series {name!r} is not a list of [step, value] pairs")
+    return points
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    """What one reading of the file found."""
+
+    design: Design
+    runs: tuple[Run, ...]
+    finished_at: dict[RunKey, int]  # line of each finished run
+    torn: tuple[int, ...]
+    healing: bytes  # what the next append must write first
+
+
+def _scan(path: Path) -> _Scan:
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    ended = lines[-1] == b""
+    if ended:
+        lines.pop()
+    if not lines:
+        raise LedgerDamaged(f"{path} is empty: its first line must hold the design")
+    design = _header(path, lines[0])
+    runs: list[Run] = []
+    finished_at: dict[RunKey, int] = {}
+    unread: list[int] = []  # lines that do not parse and that no `torn` row has named yet
+    torn: list[int] = []
+    for number, text in enumerate(lines[1:], start=2):
+        row = _parse(text)
+        if row is None:
+            unread.append(number)
+        elif row.get("kind") == "torn":
+            torn += row.get("lines", [])
+            unread = [n for n in unread if n not in torn]
+        else:
+            _refuse(path, unread)
+            run = _decode(path, number, design, row)
+            if run.status == "finished" and (first := finished_at.setdefault(run.key, number)) != number:
+                raise LedgerDamaged(f"{path}: lines {first} and {number} both finish {_name(run)}; a study counts a run once")
+            runs.append(run)
+    if unread != list(range(len(lines) + 1 - len(unread), len(lines) + 1)):  # only a tail can be a killed writer's
+        _refuse(path, unread)
+    healing = (b"" if ended else b"\n") + (_line({"kind": "torn", "lines": unread}) if unread else b"")
+    return _Scan(design, tuple(runs), finished_at, (*torn, *unread), healing)
+
+
+def _refuse(path: Path, unread: list[int]) -> None:
+    if unread:
+        raise LedgerDamaged(f"{path}: line {unread[0]} is not a JSON object; restore it from a copy, or delete that line to run it again")
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except ValueError:  # also UnicodeDecodeError
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _header(path: Path, text: bytes) -> Design:
+    row = _parse(text)
+    if row is None or row.get("kind") != "design":
+        raise LedgerDamaged(f"{path}: line 1 is not a study's design")
+    if row.get("schema") != SCHEMA:
+        raise LedgerDamaged(f"{path}: written with schema {row.get('schema')!r}; this program reads schema {SCHEMA}")
+    try:
+        design = Design.from_json(row["design"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerDamaged(f"{path}: line 1 holds no usable design: {error}") from error
+    if design.digest() != row.get("digest"):
+        found, recorded = design.digest()[:12], str(row.get("digest"))[:12]
+        raise LedgerDamaged(f"{path}: the design has digest {found} but line 1 records {recorded}: it was edited after the study began")
+    return design
+
+
+def _decode(path: Path, number: int, design: Design, row: dict[str, Any]) -> Run:
+    fields = {name: value for name, value in row.items() if name != "kind"}
+    try:
+        if row.get("kind") != "run":
+            raise ValueError(f"kind {row.get('kind')!r} is not 'run'")
+        for name in ("metrics", "series", "arrays"):
+            fields[name] = _floats(fields[name])
+        run = Run(**fields)
+        _check_run(design, run)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerDamaged(f"{path}: line {number}: {error}") from error
+    return run
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _floats(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_floats(v) for v in value]
+    return _NOT_FINITE[value] if isinstance(value, str) else value

@@ -1,0 +1,96 @@
+"""What a study would do, before it does it: sizes, schedule, optimizer table, text, programs and cost. Computes no update and writes nothing."""
+
+from typing import Any
+
+from moe_jax.model import Model
+from moe_jax.optim.plan import plan
+from moe_jax.studies.run import Experiment
+from moe_jax.train.data import describe
+from moe_jax.train.loop import RunConfig
+
+# Sustained matmul rates behind the cost estimate, FLOP/s: two CPU cores of the Zen 4 class (float32, measured), and 40 % of an H100's
+# 989e12 in bfloat16.
+RATES = {"two CPU cores": 1.3e11, "one H100": 0.4 * 989e12}
+
+
+def preview(experiment: Experiment) -> str:
+    """The study in words and numbers; every structure that differs from the first run's is listed too."""
+    configs = experiment.configs()
+    first = configs[0]
+    structures = {config.structure() for config in configs}
+    model = Model(first.model)
+    optimizer = plan(model.specs, first.optimizer)
+    lines = [
+        f"study       {experiment.name}: {experiment.design.question}",
+        f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
+        f"programs    {len(structures)} structure(s), each compiled once for training and once for evaluation",
+        f"rule        {experiment.design.rule}",
+        "",
+        f"model       {model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token",
+        *_steps(first),
+        *_learning_rates(first, optimizer),
+        "",
+        "optimizer (the first run's)",
+        optimizer.table(),
+        "",
+        "text",
+        *_text(first),
+        "",
+        *_cost(experiment, configs, model),
+    ]
+    return "\n".join(lines)
+
+
+def _steps(config: RunConfig) -> list[str]:
+    data = config.data
+    per_update = data.accumulation * data.batch_size
+    return [
+        f"training    {config.updates * data.accumulation} micro-batches of {data.batch_size} x {data.seq_len} tokens, {config.updates} updates "
+        f"of {per_update} sequences = {per_update * data.seq_len:,} tokens",
+        f"noise       {config.noise or 'none'} (the first run's); balance weight {config.balance_weight} per layer, "
+        f"layers reduced by {config.objective.layer_reduction}",
+    ]
+
+
+def _learning_rates(config: RunConfig, optimizer) -> list[str]:
+    last = config.updates - 1
+    wanted = sorted({0, min(20, last), last // 2 + 1 if last > 1 else last, last} | ({50} if last >= 50 else set()))
+    lines = ["rate at update " + "".join(f"{update:>12}" for update in wanted)]
+    for label in ("muon", "adamw"):
+        rates = [float(optimizer.learning_rate(update)[label]) for update in wanted]
+        lines.append(f"  {label:<13}" + "".join(f"{rate:>12.6f}" for rate in rates))
+    return lines
+
+
+def _text(config: RunConfig) -> list[str]:
+    found: dict[str, Any] = describe(config.data, config.data_seed, config.updates)
+    shown = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+    width = max(len(name) for name in shown)
+    return [f"  {name.replace('_', ' '):<{width}}  {value}" for name, value in shown.items()]
+
+
+def training_flops(config: RunConfig, model: Model) -> float:
+    """FLOPs of a run's forward and backward passes: 6 per active parameter and token, plus causal attention. Evaluation and Muon are not in it."""
+    data, shape = config.data, config.model
+    tokens = config.updates * data.accumulation * data.batch_size * data.seq_len
+    attention = 6 * shape.num_layers * shape.num_heads * shape.head_width * data.seq_len  # QK and AV, half of S*S visible, three passes
+    return tokens * (6.0 * model.active_parameter_count() + attention)
+
+
+def _cost(experiment: Experiment, configs: list[RunConfig], model: Model) -> list[str]:
+    total = sum(training_flops(config, model) for config in configs)
+    lines = [f"cost        {experiment.cost}", f"            {total:.2e} FLOPs of training in all runs; at a sustained"]
+    for name, rate in RATES.items():
+        seconds = total / rate
+        words = (
+            f"{seconds / 3600:.1f} hours"
+            if seconds > 7200
+            else f"{seconds / 60:.1f} minutes"
+            if seconds > 120
+            else f"{seconds:.0f} seconds"
+        )
+        lines.append(f"            {rate / 1e12:g} TFLOP/s ({name}): {words}, evaluation and Newton-Schulz not counted")
+    return lines

@@ -1,0 +1,147 @@
+"""Runs a declared study: what its ledger lacks, cells of one structure through one compiled program, resumed by running again.
+
+Above the rest of moe_jax.studies: this file imports jax.
+"""
+
+import dataclasses
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.errors import NonFinite
+from moe_jax.studies.design import Design
+from moe_jax.studies.ledger import Ledger, Run
+from moe_jax.train.data import Corpus, Data, DataConfig, build, load_corpus
+from moe_jax.train.loop import RunConfig, provenance, run
+from moe_jax.train.program import Program
+from moe_jax.train.writers import Progress
+
+REFUSED = "NonFinite"  # begins the error of a run that would fail again in the same way
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A study: what is asked, and how each of its runs is configured."""
+
+    name: str  # experiment:preset
+    design: Design
+    config: Callable[[Mapping[str, Any], int], RunConfig]  # (cell, seed) -> the run
+    cost: str  # measured or expected cost, in words
+
+    def configs(self) -> list[RunConfig]:
+        return [self.config(cell, seed) for cell, seed in self.design.runs()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a call of `run_study` did."""
+
+    done: int  # runs finished by this call
+    failed: int
+    compiled: Counter[str]  # program -> how many were compiled, e.g. {"train": 1, "evaluate": 1, "init": 1}
+    seconds: float
+
+
+def todo(ledger: Ledger, retry_failed: bool = False) -> list[tuple[dict[str, Any], int]]:
+    """The (cell, seed) pairs that have no finished row, without those that failed for a reason that would only repeat itself."""
+    hopeless = set() if retry_failed else {run.key for run in ledger.failed() if run.error.startswith(REFUSED)}
+    return [(cell, seed) for cell, seed in ledger.missing() if Run(cell, seed).key not in hopeless]
+
+
+def run_study(
+    experiment: Experiment,
+    workdir: Path,
+    stop: Callable[[], bool] = lambda: False,
+    retry_failed: bool = False,
+    keep_checkpoints: bool = False,
+) -> Outcome:
+    """Runs what is missing and appends each run to WORKDIR/ledger.jsonl as it ends.
+
+    A run that meets a non-finite value is a failed row and the study goes on; any other error is a failed row and is raised. A killed
+    study loses at most the updates since the last checkpoint of one run, and ends in the same numbers.
+    """
+    began = time.monotonic()
+    ledger = Ledger.open(workdir, experiment.design)
+    waiting = todo(ledger, retry_failed)
+    shared = _Shared()
+    failed = 0
+    configs = [experiment.config(cell, seed) for cell, seed in waiting]
+    with Progress(sum(config.updates for config in configs), label=experiment.name) as progress:
+        base = 0
+        for number, ((cell, seed), config) in enumerate(zip(waiting, configs, strict=True), start=1):
+            folder = workdir / "cells" / cell_name(cell, seed)
+            part = _Part(progress, base, f"run {number}/{len(waiting)}")
+            row = _one(experiment, config, cell, seed, folder, shared, part, stop)
+            ledger.append(row)
+            failed += row.status == "failed"
+            base += config.updates
+            if row.status == "finished" and not keep_checkpoints:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return Outcome(len(waiting) - failed, failed, shared.compiled(), time.monotonic() - began)
+
+
+def _one(experiment, config, cell, seed, folder, shared: "_Shared", progress, stop) -> Run:
+    began = time.monotonic()
+    data = shared.data(config)
+    where = provenance(config, data)
+    try:
+        result = run(config, shared.program(config), data, folder, progress, stop)
+    except NonFinite as error:
+        return Run(cell, seed, "failed", seconds=time.monotonic() - began, provenance=where, error=f"{REFUSED}: {error}")
+    wanted = [metric.name for metric in experiment.design.metrics]
+    metrics = {name: value for name, value in result.metrics.items() if name in wanted}
+    keep = ("train/loss", "eval/loss", "router/load_cv", "optimizer/gradient_norm")
+    series = {name: values for name, values in result.series.items() if name in keep}
+    arrays = {"load": result.load} if result.load else {}
+    return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where)
+
+
+def cell_name(cell: Mapping[str, Any], seed: int) -> str:
+    """A folder name for a run: noise_std-0.1_balance_weight-0.01_seed-42."""
+    parts = [f"{name}-{level}" for name, level in cell.items()]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([*parts, f"seed-{seed}"]))
+
+
+class _Shared:
+    """What runs have in common: the text, and one program for each structure."""
+
+    def __init__(self):
+        self._programs: dict[tuple, Program] = {}
+        self._corpora: dict[DataConfig, Corpus] = {}
+        self._data: tuple[tuple[DataConfig, int], Data] | None = None
+
+    def program(self, config: RunConfig) -> Program:
+        return self._programs.setdefault(config.structure(), config.program())
+
+    def data(self, config: RunConfig) -> Data:
+        key = (config.data, config.data_seed)
+        if self._data is None or self._data[0] != key:
+            if config.data not in self._corpora:
+                self._corpora[config.data] = load_corpus(config.data)
+            self._data = key, build(config.data, config.data_seed, corpus=self._corpora[config.data])
+        return self._data[1]
+
+    def compiled(self) -> Counter[str]:
+        return sum((program.compiled for program in self._programs.values()), Counter())
+
+
+class _Part:
+    """The progress of one run as a part of the study's."""
+
+    def __init__(self, progress: Progress, base: int, label: str):
+        self._progress, self._base, self._label = progress, base, label
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
+        self._progress.update(self._base + step, metrics, tokens)
+
+
+def describe_devices() -> str:
+    """The devices in words, for a console line."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

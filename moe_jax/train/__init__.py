@@ -1,0 +1,1 @@
+"""Data, the training step, checkpoints and the loop that joins them."""

@@ -1,0 +1,382 @@
+"""Checkpoints: any pytree of arrays saved by orbax, made durable, and verified byte by byte when it comes back.
+
+    FOLDER/12/state/…        the leaves, by orbax (zarr in OCDBT; readable without this code)
+    FOLDER/12/manifest.json  written last: sha256 of every file, shape and dtype of every leaf, config, data fingerprint, extra
+    FOLDER/.saving-12        a save that has not finished; swept by the next save
+    FOLDER/12.damaged        a step that failed verification: set aside, never deleted
+
+Orbax writes under `.saving-12`; the manifest is added, everything is flushed to the disk, and one rename makes the step appear. So
+a folder named by a number is whole, or has been damaged since. Orbax alone returns flipped bits without a word and casts to
+whatever dtype is asked for; here both are refused. Its CheckpointManager is not used: its cached list of steps can name a step that
+was never finished, it skips saves in silence, and the retention it adds is one loop.
+
+Cost on two shared CPU cores: 37 leaves, 1.4 MB: 0.05 s to save, 0.02 s to restore, 0.2 s more for the first save of a process (orbax's
+import); 1.2 GB: 2 to 3 s each way, of which sha256 takes 0.7 s. Compression is off: it doubles the time to save 12 % of the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config_tools import config_dict, differences, digest
+from moe_jax.errors import CheckpointError, ConfigError, MoeJaxWarning
+from moe_jax.train.run_folder import sync_folder, write_atomic
+
+SCHEMA = "moe_jax.checkpoint/1"
+_MANIFEST, _STATE = "manifest.json", "state"
+_SHOWN = 8  # differing leaves or fields that an error lists before it says "and N more"
+
+
+class _Damaged(Exception):
+    """A step whose files are not those that were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder, the newest `keep` of them.
+
+    `config` is the run's config and `data_fingerprint` names the exact data (sources, tokenizer, split): a checkpoint made with
+    others is refused. One process at a time may save (hold the run folder's lock); reading beside it is safe.
+
+    Raises NotImplementedError in a run of several processes: the manifest would need their agreement.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: Any, data_fingerprint: str, keep: int = 2):
+        if keep < 1:
+            raise ConfigError(f"checkpoints to keep must be at least 1, was given {keep}")
+        if jax.process_count() > 1:
+            raise NotImplementedError(f"checkpoints are written by one process; this run has {jax.process_count()}")
+        self.folder = Path(folder).absolute()
+        self._config = config_dict(config)
+        self._data_fingerprint = data_fingerprint
+        self._keep = keep
+        self._swept = False
+
+    def steps(self) -> list[int]:
+        """The steps with a checkpoint here, oldest first. Whether each is intact is known once it is read."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def latest(self) -> int | None:
+        """The newest step, or None in an empty folder."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes `state` (any pytree of arrays) and `extra` (plain JSON); when this returns, the step is on the disk.
+
+        A step that is already here is replaced whole. Afterwards only the newest `keep` remain.
+        Raises CheckpointError, with the earlier steps untouched, when a later step exists or the disk refuses.
+        """
+        latest = self.latest()
+        if latest is not None and step < latest:
+            raise CheckpointError(f"cannot save step {step} in {self.folder}: step {latest} is already there")
+        partial = self.folder / f".saving-{step}"
+        leaves, extra_json = _leaves(state), _plain(extra or {})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            partial.mkdir()
+            _orbax_save(partial / _STATE, leaves)
+            self._write_manifest(partial, step, leaves, extra_json)
+            self._publish(partial, step)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(self._save_failure(step, leaves, error)) from error
+        self._prune()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
+        """(state, extra, step): the newest good checkpoint, or exactly `step`, as a tree like `abstract_state`.
+
+        `abstract_state` holds arrays or ShapeDtypeStructs. A leaf with a sharding comes back in it, on whatever mesh; one without,
+        or of an uncommitted array, comes back uncommitted on the default device, as a fresh `init` would give it.
+
+        A damaged step is renamed to `<step>.damaged` with a warning and the one before it is tried, unless `step` was asked for.
+        Raises CheckpointError when no good step is left, or the data fingerprint, a shape, a dtype or the tree differs;
+        ConfigError when the config differs. Those are not damage: nothing is renamed.
+        """
+        if step is not None and step not in self.steps():
+            raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; it has {_list(self.steps()) or 'none'}")
+        damaged = []
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            try:
+                manifest = self.manifest(candidate)
+            except CheckpointError as error:
+                if not isinstance(error.__cause__, _Damaged):
+                    raise
+                damaged.append(self._set_aside(candidate, str(error)))
+                continue
+            return self._load(candidate, manifest, abstract_state), manifest["extra"], candidate
+        raise CheckpointError("; ".join(damaged) or f"no checkpoint in {self.folder}")
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What step `step` says of itself, after every one of its bytes was verified: config, data_fingerprint, leaves, extra.
+
+        Raises CheckpointError naming the file that is damaged.
+        """
+        try:
+            return _verified_manifest(self.folder, step)
+        except _Damaged as error:
+            raise CheckpointError(f"checkpoint step {step} in {self.folder} is damaged: {error}") from error
+
+    # --- saving -----------------------------------------------------------------------------------------------------------
+
+    def _write_manifest(self, partial: Path, step: int, leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        body = {
+            "schema": SCHEMA,
+            "step": step,
+            "config": self._config,
+            "config_digest": digest(self._config),
+            "data_fingerprint": self._data_fingerprint,
+            "leaves": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves.items()},
+            "extra": extra,
+            "files": _flush_and_hash(partial),
+        }
+        write_atomic(partial / _MANIFEST, json.dumps({"sha256": _body_hash(body), "body": body}) + "\n")
+
+    def _publish(self, partial: Path, step: int) -> None:
+        """One rename makes the step appear. A step that is being replaced waits under another name until then."""
+        final, replaced = self.folder / str(step), self.folder / f".replaced-{step}"
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Once per run, before its first save: undoes a replacement that was cut off, and deletes unfinished saves."""
+        if self._swept:
+            return
+        for path in self.folder.glob(".replaced-*"):
+            final = self.folder / path.name.removeprefix(".replaced-")
+            if not final.exists():
+                path.rename(final)
+        for pattern in (".saving-*", ".replaced-*", ".deleting-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
+        self._swept = True
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self._keep]:
+            # Renamed first, so that a reader, or a kill in the middle, never sees half a step under its number.
+            doomed = self.folder / f".deleting-{step}"
+            (self.folder / str(step)).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _save_failure(self, step: int, leaves: Mapping[str, Any], error: Exception) -> str:
+        needed = sum(leaf.nbytes for leaf in leaves.values())
+        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        kept = f"; earlier checkpoints are intact: {_list(self.steps())}" if self.steps() else ""
+        return f"cannot save step {step} in {self.folder} ({needed:,} bytes needed, {free:,} free): {_first_line(error)}{kept}"
+
+    # --- restoring --------------------------------------------------------------------------------------------------------
+
+    def _load(self, step: int, manifest: Mapping[str, Any], abstract_state: Any) -> Any:
+        where = f"checkpoint step {step} in {self.folder}"
+        changed = differences(manifest["config"], self._config)
+        if changed:
+            raise ConfigError(f"{where} was made with another config: {_some(changed)}")
+        if manifest["data_fingerprint"] != self._data_fingerprint:
+            raise CheckpointError(
+                f"{where} was made with other data: fingerprint was {manifest['data_fingerprint']}, now {self._data_fingerprint}"
+            )
+        wanted = _leaves(abstract_state)
+        unfit = _misfits(manifest["leaves"], wanted)
+        if unfit:
+            raise CheckpointError(f"{where} does not fit this state: {_some(unfit)}")
+        try:
+            leaves = _orbax_restore(self.folder / str(step) / _STATE, wanted)
+        except Exception as error:
+            raise CheckpointError(f"{where} has the bytes that were saved, but orbax cannot read them: {_first_line(error)}") from error
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[path] for path in wanted])
+
+    def _set_aside(self, step: int, why: str) -> str:
+        """Renames a damaged step, warns, and returns the line that says so."""
+        names = (f"{step}.damaged" + (f".{n}" if n > 1 else "") for n in range(1, 1_000))
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+        try:
+            (self.folder / str(step)).rename(aside)
+            line = f"{why}; set aside as {aside.name}"
+        except OSError as error:
+            line = f"{why}; could not be set aside ({error.strerror})"
+        warnings.warn(line, MoeJaxWarning, stacklevel=3)
+        return line
+
+
+# --- a tree as named arrays ---------------------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in tree order. Raises CheckpointError for a leaf that is not an array, or two leaves of one path."""
+    leaves: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/") or "value"
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise CheckpointError(f"state leaf {path} is {type(leaf).__name__}, not an array: a checkpoint holds arrays")
+        if path in leaves:
+            raise CheckpointError(f"two leaves of the state are called {path}: a '/' inside a name is ambiguous")
+        leaves[path] = leaf
+    return leaves
+
+
+def _misfits(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line for every leaf whose presence, shape or dtype differs."""
+    lines = [f"{path} is saved and not in the state" for path in saved if path not in wanted]
+    for path, leaf in wanted.items():
+        shape, dtype = saved.get(path, (None, None))
+        if shape is None:
+            lines.append(f"{path} is in the state and not saved")
+        elif tuple(shape) != tuple(leaf.shape):
+            lines.append(f"{path} has shape {tuple(shape)} saved and {tuple(leaf.shape)} in the state")
+        elif dtype != str(leaf.dtype):
+            lines.append(f"{path} has dtype {dtype} saved and {leaf.dtype} in the state")
+    return lines
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(dtype: Any) -> str:
+    # An abstract key has a dtype only, and jax names a key's generator for concrete ones.
+    names = ("threefry2x32", "rbg", "unsafe_rbg")
+    return next(name for name in names if jax.eval_shape(lambda name=name: jax.random.key(0, impl=name)).dtype == dtype)
+
+
+def _sharding(leaf: Any) -> Any:
+    """Where the caller wants a leaf, or None for the default device, uncommitted (committed arrays would retrace a jitted step)."""
+    if isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True):
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+# --- orbax --------------------------------------------------------------------------------------------------------------------
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp  # a quarter of a second, which commands that only read a config need not pay
+
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+def _orbax_save(path: Path, leaves: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses arrays without elements; their shape and dtype in the manifest say all there is.
+    arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items() if leaf.size}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+
+
+def _orbax_restore(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    def how(leaf: Any) -> Any:
+        sharding = _sharding(leaf)
+        if sharding is None or _is_key(leaf):
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
+
+    arguments = {name: how(leaf) for name, leaf in wanted.items() if leaf.size}
+    with _checkpointer() as checkpointer:
+        read = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=dict.fromkeys(arguments, 0), restore_args=arguments))
+    return {name: _placed(read.get(name), leaf) for name, leaf in wanted.items()}
+
+
+def _placed(value: Any, leaf: Any) -> Any:
+    """What orbax read (None for an array without elements) as the kind of array, in the place, that the caller asked for."""
+    if value is None:
+        value = np.zeros(leaf.shape, leaf.dtype)
+    if isinstance(leaf, np.ndarray | np.generic) or isinstance(value, jax.Array):
+        return value
+    value = jnp.array(value)
+    if _is_key(leaf):
+        value = jax.random.wrap_key_data(value, impl=_key_impl(leaf.dtype))
+    sharding = _sharding(leaf)
+    return value if sharding is None else jax.device_put(value, sharding)
+
+
+# --- files and their hashes ---------------------------------------------------------------------------------------------------
+
+
+def _flush_and_hash(folder: Path) -> dict[str, str]:
+    """{relative path: sha256} of every file under `folder`, each made durable on the way."""
+    hashes = {}
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(parent, name)
+            with open(path, "rb") as file:
+                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+        sync_folder(parent)
+    return hashes
+
+
+def _verified_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """The body of a step's manifest once it and all its files have the hashes they were saved with; raises _Damaged."""
+    folder = folder / str(step)
+    try:
+        outer = json.loads((folder / _MANIFEST).read_bytes())
+        body = outer["body"]
+        intact = outer["sha256"] == _body_hash(body)
+    except FileNotFoundError:
+        raise _Damaged(f"{_MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _Damaged(f"{_MANIFEST} is not the JSON that was saved") from None
+    if not intact:
+        raise _Damaged(f"{_MANIFEST} does not have the sha256 it was saved with")
+    if body["schema"] != SCHEMA:
+        raise CheckpointError(f"{folder} was written as {body['schema']!r}, and this code reads {SCHEMA!r}: use the code that wrote it")
+    if body["step"] != step:
+        raise _Damaged(f"{_MANIFEST} is that of step {body['step']}")
+    for name, saved in body["files"].items():
+        _verify_file(folder, name, saved)
+    return body
+
+
+def _verify_file(folder: Path, name: str, saved: str) -> None:
+    try:
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {folder / name}: {error.strerror}") from error
+    except OSError as error:
+        raise _Damaged(f"{name} cannot be read ({error.strerror})") from None
+    if found != saved:
+        raise _Damaged(f"{name} does not have the sha256 it was saved with")
+
+
+def _plain(extra: Mapping[str, Any]) -> Any:
+    # As it will be read back, so that the hash of what is read equals the hash of what was written.
+    try:
+        return json.loads(json.dumps(dict(extra)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the extra of a checkpoint must be plain JSON: {error}") from error
+
+
+def _body_hash(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# --- text ---------------------------------------------------------------------------------------------------------------------
+
+
+def _some(lines: list[str]) -> str:
+    return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+
+
+def _list(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,150 @@
+"""One update and one evaluation step, as pure functions of (state, batch, knobs).
+
+A micro-batches, B sequences in one, S sequence length, L MoE layers, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import paths, routing, routing_stats
+from moe_jax.errors import ConfigError
+from moe_jax.keys import Draw
+from moe_jax.model import Model
+from moe_jax.optim.plan import Plan
+from moe_jax.train.state import Knobs, TrainState
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, besides the cross-entropy averaged over a micro-batch's tokens: static choices about the router's losses."""
+
+    layer_reduction: str = "sum"  # balance and z losses of the layers: "sum" (the seed) or "mean"
+
+    def __post_init__(self):
+        if self.layer_reduction not in ("sum", "mean"):
+            raise ConfigError(f"layer_reduction must be sum or mean, got {self.layer_reduction!r}")
+
+    def router_losses(self, aux: Sums, knobs: Knobs) -> jax.Array:
+        """Weighted balance and z losses of one micro-batch; 0 for a dense model."""
+        total = jnp.zeros(())
+        for name, weight in (("balance_loss", knobs.balance_weight), ("z_loss", knobs.z_weight)):
+            if name in aux:
+                value, layers = aux[name]
+                total += weight * (value if self.layer_reduction == "sum" else value / layers)
+        return total
+
+
+def init_state(model: Model, plan: Plan, seed: jax.Array | int) -> TrainState:
+    """The state before the first update."""
+    params = model.init(seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, plan.transformation().init(params))
+
+
+def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
+    """step(state, batch, knobs) -> (state, metrics, flags).
+
+    batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches. metrics: (sum, count) pairs, and
+    "router/load" Float[L, E]. flags: Bool per parameter in path order, True where a gradient (or, in the last entry, the loss) is not
+    finite; if any is, the returned state is the one that was given.
+    """
+    transformation = plan.transformation()
+
+    def micro_batch(params, micro, index, step, knobs: Knobs):
+        def objective_of(params):
+            rows = micro["tokens"].shape[0]
+            draw = Draw(seed=knobs.noise_seed, step=step, phase="train", row_offset=index * rows)
+            total, metrics, out = model.loss(params, micro["tokens"], micro["targets"], noise=knobs.noise, draw=draw, train=True)
+            metrics |= {name: value for name, value in out.aux.items()}
+            if out.load is not None:
+                metrics["router/load"] = out.load
+            return total / metrics["loss"][1] + objective.router_losses(out.aux, knobs), metrics
+
+        return jax.grad(objective_of, has_aux=True)(params)
+
+    def train_step(state: TrainState, batch, knobs: Knobs):
+        count = batch["tokens"].shape[0]
+        if count == 1:
+            grads, metrics = micro_batch(state.params, jax.tree.map(lambda a: a[0], batch), 0, state.step, knobs)
+        else:
+            grads, metrics = _accumulate(lambda micro, index: micro_batch(state.params, micro, index, state.step, knobs), batch, count)
+        flags = non_finite(grads, metrics["loss"][0])
+        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+        moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        # elementwise, so the compiler joins it to the update instead of passing over the state again
+        kept = jax.tree.map(lambda new, old: jnp.where(flags.any(), old, new), moved, state)
+        return kept, _with_derived(metrics, plan, grads, updates), flags
+
+    return train_step
+
+
+def _accumulate(gradient: Callable, batch, count: int):
+    """Gradients averaged and metrics summed over the micro-batches, one at a time."""
+
+    def body(carry, item):
+        return jax.tree.map(jnp.add, carry, gradient(*item)), None
+
+    items = (batch, jnp.arange(count))
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], items))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(body, zeros, items)
+    return jax.tree.map(lambda g: g / count, grads), metrics
+
+
+def non_finite(grads: dict[str, Any], loss: jax.Array) -> jax.Array:
+    """Bool[leaves + 1]: which gradients, in path order, and then whether the loss, hold a value that is not finite."""
+    leaves = [*paths.flatten(grads).values(), loss]
+    return jnp.stack([~jnp.isfinite(leaf.astype(jnp.float32)).all() for leaf in leaves])
+
+
+def _with_derived(metrics, plan: Plan, grads, updates):
+    """The metrics with the pre-clip gradient norm, how far expert matrices moved, and the imbalance of the load."""
+    one = jnp.ones(())
+    metrics = metrics | {"optimizer/gradient_norm": (plan.global_norm(grads), one)}
+    experts = {leaf.path for leaf in plan.leaves if leaf.role == "expert"}
+    rms = [value.reshape(-1) for path, value in plan.update_rms(updates).items() if path in experts]
+    if rms:
+        each = jnp.concatenate(rms)
+        metrics |= {"optimizer/expert_update_rms_min": (each.min(), one), "optimizer/expert_update_rms_max": (each.max(), one)}
+    if "router/load" in metrics:
+        load = metrics["router/load"]
+        layers = jnp.asarray(load.shape[0], jnp.float32)
+        metrics |= {
+            "router/load_cv": (routing_stats.load_cv(load).sum(), layers),
+            "router/dead_experts": (routing_stats.dead_experts(load).sum(), one),
+        }
+    return metrics
+
+
+def make_evaluate_step(model: Model) -> Callable:
+    """evaluate(params, batch, knobs) -> metrics as (sum, count), with "router/load" and "router/residual_load" Float[L, E].
+
+    batch: tokens and targets Int32[B, S], weight Float32[B, S] (0 for padding), row_offset Int32, the number of the first window. No
+    dropout, no router losses; noise where the knobs' spec names the phase "eval". Loads and losses count the tokens of weight 1.
+    """
+    capture = ("trace", "residual_ids") if model.config.moe_layers else ()
+
+    def loads(ids, weight):
+        return jax.vmap(lambda ids: routing.expert_load(ids, model.config.num_experts, weight.reshape(-1)))(
+            ids.reshape(*ids.shape[:1], -1, ids.shape[-1])
+        )
+
+    def evaluate(params, batch, knobs: Knobs):
+        draw = Draw(seed=knobs.noise_seed, phase="eval", row_offset=batch["row_offset"])
+        _, metrics, out = model.loss(
+            params, batch["tokens"], batch["targets"], batch["weight"], noise=knobs.noise, draw=draw, capture=capture
+        )
+        if capture:
+            metrics |= {
+                "router/load": loads(out.trace.ids, batch["weight"]),
+                "router/residual_load": loads(out.residual_ids, batch["weight"]),
+            }
+        return metrics
+
+    return evaluate

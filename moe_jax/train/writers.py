@@ -1,0 +1,290 @@
+"""What a run writes while it runs: metrics.jsonl (the source of truth), TensorBoard files when installed, progress on the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from moe_jax.errors import ConfigError, MoeJaxError
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------------
+
+
+class MetricsWriter:
+    """Appends one JSON line per step to FOLDER/metrics.jsonl, and the same numbers to FOLDER/tensorboard.
+
+    Every line is one write to a file opened for appending, so a killed run leaves whole lines and at most one torn last one, which
+    the next opening drops. Numbers come back bit for bit; nan and inf are the text "nan", "inf", "-inf", as strict JSON has no others.
+    `tensorboard` is "auto" (when tensorboardX is installed), True (ConfigError when it is not) or False.
+
+    Raises MoeJaxError when the disk refuses a line; the lines before it stay whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tensorboard: bool | Literal["auto"] = "auto"):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "metrics.jsonl"
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._summary_writer = _summary_writer_class(tensorboard)
+        self._summaries: Any = None  # opened at the first write, when it is known from which step the run goes on
+        self._first_step: int | None = None
+        self._cut(len(_whole_lines(self.path)))
+
+    def truncate_to(self, step: int) -> int:
+        """Drops every row after `step`, which a run that resumes from a checkpoint of `step` will write again; returns how many.
+
+        TensorBoard is told to forget the same steps. Raises MoeJaxError when a row that stays is not JSON.
+        """
+        kept = dropped = 0
+        for number, line in enumerate(_whole_lines(self.path).splitlines(keepends=True), start=1):
+            if dropped or _parse(line, self.path, number)["step"] > step:
+                dropped += 1
+            else:
+                kept += len(line)
+        self._cut(kept)
+        self._first_step = step + 1
+        return dropped
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One row {"step": step, **metrics}. Values are numbers, 0-d arrays or text; ints stay ints."""
+        row = {"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}
+        line = (json.dumps({name: _encoded(value) for name, value in row.items()}, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            self._cut(size)
+            raise MoeJaxError(f"cannot write step {step} to {self.path} ({len(line)} bytes): {error.strerror}") from error
+        self._summarise(row)
+
+    def flush(self) -> None:
+        """Makes every row so far durable; call it before a checkpoint, so that no checkpoint is ahead of its metrics."""
+        os.fsync(self._descriptor)
+        if self._summaries is not None:
+            self._summaries.flush()
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if self._descriptor >= 0:
+            self.flush()
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if self._summaries is not None:
+            self._summaries.close()
+            self._summaries = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _cut(self, size: int) -> None:
+        if os.fstat(self._descriptor).st_size != size:
+            os.ftruncate(self._descriptor, size)
+
+    def _summarise(self, row: Mapping[str, Any]) -> None:
+        if self._summary_writer is None:
+            return
+        if self._summaries is None:
+            first = row["step"] if self._first_step is None else self._first_step
+            self._summaries = self._summary_writer(str(self.folder / "tensorboard"), purge_step=first)
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                self._summaries.add_scalar(name, value, row["step"])
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order; a torn last line, which a run may be writing or a kill has left, is skipped.
+
+    Raises MoeJaxError naming the line when any other one is not a JSON row, and FileNotFoundError.
+    """
+    lines = _whole_lines(Path(path)).splitlines(keepends=True)
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(line: bytes, path: str | os.PathLike[str], number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        row["step"] = int(row["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise MoeJaxError(f"{path} line {number} is not a row of metrics: {line[:60]!r}") from error
+    return {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _plain(value: Any) -> int | float | str:
+    if isinstance(value, str | int):  # bool is an int
+        return value
+    item = value.item() if hasattr(value, "item") else value
+    return item if isinstance(item, int) else float(item)
+
+
+def _encoded(value: int | float | str) -> int | float | str:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_writer_class(tensorboard: bool | Literal["auto"]) -> Any:
+    if not tensorboard:
+        return None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        if tensorboard == "auto":
+            return None
+        raise ConfigError("TensorBoard files need tensorboardX: pip install 'moe-jax[track]', or leave tensorboard at auto") from None
+    return SummaryWriter
+
+
+# --- progress -----------------------------------------------------------------------------------------------------------------
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: '8 s', '3 min 05 s', '2 h 07 min', '3 d 04 h'."""
+    seconds = max(int(round(seconds)), 0)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if minutes == 0:
+        return f"{seconds} s"
+    if hours == 0:
+        return f"{minutes} min {seconds % 60:02d} s"
+    if days == 0:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{days} d {hours % 24:02d} h"
+
+
+def seconds_left(step: int, total: int, mark_step: int, mark_seconds: float) -> float | None:
+    """The time until `total` at the pace since `mark_step`, which was `mark_seconds` ago; None before there is a pace.
+
+    The mark is a step of this launch after the compiler is done, so neither a resume nor compilation distorts the estimate.
+    """
+    if step >= total:
+        return 0.0
+    if step <= mark_step or mark_seconds <= 0:
+        return None
+    return (total - step) * mark_seconds / (step - mark_step)
+
+
+def pace_text(step: int, mark_step: int, mark_seconds: float, tokens: int = 0) -> str:
+    """'1.9 steps/s', with '1,850 tokens/s' when `tokens` (since the mark) is given; '' before there is a pace."""
+    if step <= mark_step or mark_seconds <= 0:
+        return ""
+    pace = (step - mark_step) / mark_seconds
+    steps = f"{pace:.3g} steps/s" if pace >= 1 else f"{1 / pace:.3g} s/step"
+    return f"{steps}, {tokens / mark_seconds:,.0f} tokens/s" if tokens else steps
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """'loss 3.142, router/load_cv 0.0210': four digits are enough to watch a run by; metrics.jsonl has all of them."""
+    return ", ".join(f"{name} {value:#.4g}" for name, value in metrics.items())
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, else one plain line every `every` seconds, at the first step and at the end.
+
+    `start` is the step that a resumed run begins after. `clock` is in seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        label: str = "train",
+        every: float = 10.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._label, self._every = total, label, every
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._began = clock()
+        self._step, self._tokens = start, 0
+        self._mark: tuple[int, float] | None = None  # (step, time) of the first update: the first step holds the compilation
+        self._last_line = -math.inf
+        self._line = ""
+        self._bar = _bar(self._stream, label, total, start) if self._stream.isatty() else None
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
+        """Step `step` is done, with the few metrics to show; `tokens` is how many were processed since the last update."""
+        now = self._clock()
+        if self._mark is None:
+            self._mark = (step, now)
+        else:
+            self._tokens += tokens
+        self._step = step
+        self._line = self.text(metrics or {})
+        if self._bar is not None:
+            self._bar.update(step, self._line)
+        elif now - self._last_line >= self._every or step >= self._total:
+            self._print(now)
+
+    def text(self, metrics: Mapping[str, float]) -> str:
+        """Metrics, pace, elapsed and left, without the parts that are not known yet."""
+        now = self._clock()
+        mark_step, mark_time = self._mark or (self._step, now)
+        left = seconds_left(self._step, self._total, mark_step, now - mark_time)
+        parts = [
+            metrics_text(metrics),
+            pace_text(self._step, mark_step, now - mark_time, self._tokens),
+            f"{duration_text(now - self._began)} elapsed",
+            "" if left is None else f"{duration_text(left)} left",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen; safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._line:
+            self._print(self._clock())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _print(self, now: float) -> None:
+        percent = 100 * self._step / max(self._total, 1)
+        self._stream.write(f"{self._label} {self._step}/{self._total} ({percent:.0f} %): {self._line}\n")
+        self._stream.flush()
+        self._last_line, self._line = now, ""
+
+
+class _RichBar:
+    """A rich progress bar with one task and a line of text."""
+
+    def __init__(self, stream: TextIO, label: str, total: int, start: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        self._bars = Bars(*columns, console=Console(file=stream), refresh_per_second=4)
+        self._task = self._bars.add_task(label, total=total, completed=start, text="")
+        self._bars.start()
+
+    def update(self, step: int, text: str) -> None:
+        self._bars.update(self._task, completed=step, text=text)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+def _bar(stream: TextIO, label: str, total: int, start: int) -> _RichBar | None:
+    try:
+        return _RichBar(stream, label, total, start)
+    except ImportError:  # rich comes with flax; without it the plain lines do
+        return None

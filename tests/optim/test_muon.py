@@ -1,0 +1,183 @@
+"""Muon against a float64 NumPy iteration, against optax, and one matrix at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from moe_jax.errors import ConfigError
+from moe_jax.optim import muon
+
+
+def reference(x, steps=5, coefficients=muon.COEFFICIENTS, eps=1e-7):
+    """The quintic of one matrix in float64, as it is written: no transposes, no Gram form."""
+    a, b, c = coefficients
+    x = np.asarray(x, np.float64)
+    x = x / (np.linalg.norm(x) + eps)
+    for _ in range(steps):
+        r = x @ x.T
+        x = a * x + (b * r + c * r @ r) @ x
+    return x
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def with_spectrum(singular, m, n):
+    u, v = (np.linalg.qr(normal(seed, size, m))[0] for seed, size in ((1, m), (2, n)))
+    return ((u * singular) @ v.T).astype(np.float32)
+
+
+SPECTRA = {
+    "random": normal(0, 24, 96),
+    "low rank and noise": normal(1, 24, 3) @ normal(2, 3, 96) + 1e-3 * normal(3, 24, 96),
+    "condition 1e6": with_spectrum(np.logspace(0, -6, 24), 24, 96),
+    "rank deficient": normal(4, 24, 5) @ normal(5, 5, 96),
+    "large": 1e12 * normal(6, 24, 96),
+    "tiny": 1e-20 * normal(7, 24, 96),
+    "zero": np.zeros((24, 96), np.float32),
+}
+
+
+# Largest error of an entry relative to the largest entry. Five steps multiply small singular values by up to 3.4^5 = 480, and rounding with
+# them: float32 (6e-8) then gives some 3e-5. The Gram matrix holds squares, so values below 1e-3 of the largest lose digits there. bfloat16
+# (4e-3) has nothing right about singular values below a hundredth, so only spectra without them are compared with a number.
+TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standard", "bfloat16"): 0.15}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(("form", "dtype"), TOLERANCES)
+@pytest.mark.parametrize("tall", [False, True])
+def test_against_float64(name, form, dtype, tall):
+    x = SPECTRA[name].T if tall else SPECTRA[name]
+    got = np.asarray(muon.orthogonalise(jnp.asarray(x), form=form, dtype=dtype))
+    want = reference(x)
+    assert got.dtype == np.float32 and np.isfinite(got).all()
+    assert np.linalg.norm(got, 2) < 1.3
+    if dtype == "float32" or name in ("random", "large", "tiny", "zero"):
+        assert np.abs(got - want).max() <= TOLERANCES[form, dtype] * np.abs(want).max()
+
+
+def test_the_forms_are_different_programs():
+    def products(form):
+        return str(jax.make_jaxpr(lambda x: muon.orthogonalise(x, form=form))(jnp.zeros((8, 32)))).count("dot_general")
+
+    assert products("standard") == 15 and products("gram") != 15
+
+
+def test_singular_values_end_near_one():
+    got = np.linalg.svd(np.asarray(muon.orthogonalise(jnp.asarray(normal(0, 3, 16, 64)))), compute_uv=False)
+    assert got.shape == (3, 16) and 0.6 < got.min() and got.max() < 1.3
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("batch", ["map", "vmap", None])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 24), (2, 3, 24, 8), (3, 8, 8), (8, 24)])
+def test_a_stack_is_its_matrices_one_by_one(form, batch, shape):
+    x = normal(1, *shape)
+    x[..., :, :] *= 10.0 ** normal(2, *shape[:-2])[..., None, None]  # every matrix its own scale: a norm over the stack would show
+    got = np.asarray(jax.jit(lambda x: muon.orthogonalise(x, form=form, batch=batch))(x)).reshape(-1, *shape[-2:])
+    for matrix, one in zip(x.reshape(-1, *shape[-2:]), got, strict=True):
+        np.testing.assert_allclose(one, reference(matrix), atol=2e-4)
+
+
+def test_auto_takes_the_gram_form_for_rectangular_matrices_only():
+    for shape, form in (((2, 8, 16), "gram"), ((2, 16, 8), "gram"), ((2, 8, 12), "standard")):
+        x = jnp.asarray(normal(3, *shape))
+        np.testing.assert_array_equal(muon.orthogonalise(x, batch="map"), muon.orthogonalise(x, form=form, batch="map"))
+
+
+def test_accelerators_do_not_merge_the_stack_axes():
+    traced = jax.jit(lambda x: muon.orthogonalise(x)).trace(jax.ShapeDtypeStruct((2, 3, 8, 24), jnp.float32))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tensor<2x3x8x8xf32>" in text and "stablehlo.while" not in text and "tensor<6x" not in text
+
+
+def stack_gradients(count=4):
+    shapes = {"qkv": (2, 8, 24), "out": (2, 8, 8), "up": (2, 3, 8, 32), "down": (2, 3, 32, 8)}
+    return [{name: jnp.asarray(normal(10 * step + len(name), *shape)) for name, shape in shapes.items()} for step in range(count)]
+
+
+def run(transform, gradients, params=None):
+    state, updates = transform.init(gradients[0]), []
+    for gradient in gradients:
+        update, state = transform.update(gradient, state, params)
+        updates.append(update)
+    return updates
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_equals_optax_when_the_settings_match(nesterov, consistent_rms):
+    gradients = stack_gradients()
+    numbers = jax.tree.map(lambda _: muon.MATRIX, gradients[0])
+    theirs = optax.contrib.muon(-1.0, nesterov=nesterov, eps=1e-8, muon_weight_dimension_numbers=numbers, consistent_rms=consistent_rms)
+    ours = muon.scale_by_muon(nesterov=nesterov, bias_correction=True, consistent_rms=consistent_rms, eps=1e-8, form="standard")
+    for got, want in zip(run(ours, gradients), run(theirs, gradients, gradients[0]), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
+
+
+def test_without_bias_correction_the_seeds_mix():
+    first, second = (np.asarray(g["out"][0], np.float64) for g in stack_gradients(2))
+    buffer = 0.95 * (0.05 * first) + 0.05 * second
+    want = reference(0.05 * second + 0.95 * buffer)
+    got = run(muon.scale_by_muon(), stack_gradients(2))[1]["out"][0]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_scale_is_root_of_out_over_in_when_wider():
+    assert muon.shape_scale((8, 32)) == 2.0 and muon.shape_scale((5, 32, 8)) == 1.0
+    assert muon.shape_scale((4, 16, 25), consistent_rms=0.2) == pytest.approx(1.0)
+
+
+def test_dimension_numbers_name_any_axes():
+    x = jnp.asarray(normal(0, 2, 6, 4, 5))  # stack 2, input axes 4 x 5, output axis 6
+    got = run(muon.scale_by_muon(dimension_numbers=MuonDimensionNumbers((2, 3), 1)), [{"w": x}])[0]["w"]
+    plain = run(muon.scale_by_muon(), [{"w": x.reshape(2, 6, 20).mT}])[0]["w"]
+    np.testing.assert_allclose(got, plain.mT.reshape(x.shape), atol=1e-5)
+    with pytest.raises(ConfigError, match="separate input and output axes"):
+        muon.as_matrices(x, MuonDimensionNumbers(1, -3))
+
+
+@pytest.mark.parametrize("dead", ["keep", "skip"])
+def test_an_expert_without_gradient(dead):
+    alive = jnp.asarray(normal(0, 1, 2, 8, 32))
+    one_dead = alive.at[0, 1].set(0.0)
+    before, after = run(muon.scale_by_muon(dead=dead), [{"w": alive}, {"w": one_dead}])
+    rms = muon.matrix_rms(after["w"])
+    full = float(muon.matrix_rms(before["w"])[0, 1])
+    assert float(rms[0, 0]) > 0.5 * full
+    assert float(rms[0, 1]) == 0.0 if dead == "skip" else float(rms[0, 1]) > 0.5 * full
+
+
+def test_a_skipped_experts_momentum_decays():
+    transform, gradient = muon.scale_by_muon(dead="skip"), {"w": jnp.asarray(normal(0, 1, 2, 8, 32))}
+    _, state = transform.update(gradient, transform.init(gradient))
+    _, later = transform.update({"w": gradient["w"].at[0, 1].set(0.0)}, state)
+    np.testing.assert_allclose(later.momentum["w"][0, 1], 0.95 * state.momentum["w"][0, 1], rtol=1e-6)
+
+
+def test_a_nan_stays_in_its_matrix():
+    x = jnp.asarray(normal(0, 3, 8, 32)).at[1, 2, 3].set(jnp.nan)
+    got = muon.orthogonalise(x)
+    assert bool(jnp.isfinite(got[0]).all()) and bool(jnp.isfinite(got[2]).all()) and bool(jnp.isnan(got[1]).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"form": "gramm"}, "did you mean 'gram'"),
+        ({"dtype": "bfloat"}, "unknown dtype 'bfloat'"),
+        ({"batch": "loop"}, "known: map, vmap"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        muon.orthogonalise(jnp.zeros((2, 4, 8)), **arguments)
+    with pytest.raises(ConfigError, match=r"got shape \(4,\)"):
+        muon.orthogonalise(jnp.zeros(4))
+    with pytest.raises(ConfigError, match="did you mean 'skip'"):
+        muon.scale_by_muon(dead="skipp")

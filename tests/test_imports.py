@@ -1,0 +1,74 @@
+"""Who never imports whom: the table of the design, held by walking the syntax trees."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "moe_jax"
+EDGE_MODULES = ("os", "pathlib", "time", "absl.flags")
+PURE_REPORT = [f"studies/{name}.py" for name in ("design", "ledger", "stats", "report", "analysis", "tables", "figures", "findings", "document")]
+
+# (files, what they never import)
+RULES = [
+    (["routing.py", "routing_stats.py"], ["moe_jax.noise", "moe_jax.dispatch", "moe_jax.model", "flax"]),
+    (["noise/*.py"], ["moe_jax.routing", "moe_jax.dispatch", "moe_jax.model", "flax"]),
+    (["dispatch/*.py"], ["moe_jax.noise", "moe_jax.model", "flax", "optax"]),
+    (PURE_REPORT, ["jax", "flax", "moe_jax.model", "moe_jax.train", "moe_jax.noise", "moe_jax.optim"]),
+    (["*.py", "noise/*.py", "dispatch/*.py", "optim/*.py", "train/*.py", "studies/*.py"], ["flax"]),
+    (
+        ["train/step.py", "train/state.py", "optim/*.py", "noise/*.py", "dispatch/*.py"]
+        + [f"{name}.py" for name in ("axes", "keys", "paths", "mesh", "routing", "routing_stats", "losses", "experts")],
+        list(EDGE_MODULES),
+    ),
+    (["**/*.py"], ["experiments", "launch", "tests"]),
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a file imports anywhere in it, as dotted names; `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} uses a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def broken(files: list[str], forbidden: list[str]) -> list[str]:
+    found = []
+    for pattern in files:
+        for path in sorted(PACKAGE.glob(pattern)):
+            for name in imported(path):
+                if any(name == bad or name.startswith(bad + ".") for bad in forbidden):
+                    found.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("files, forbidden", RULES, ids=lambda value: value[0])
+def test_no_forbidden_import(files, forbidden):
+    assert all(list(PACKAGE.glob(pattern)) for pattern in files), f"a pattern of {files} names no file"
+    assert broken(files, forbidden) == []
+
+
+def test_the_walk_sees_imports():
+    """The check can fail: the model does import what routing may not."""
+    assert broken(["model/moe.py"], ["moe_jax.noise", "moe_jax.dispatch"])
+
+
+def test_a_report_needs_no_jax():
+    """Importing the statistics and the report, and the names of the package, loads neither jax nor flax."""
+    code = "import sys, moe_jax, moe_jax.studies.report, launch.report; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_sizes():
+    """The library stays small enough to read: under 8,000 lines, no file over 400."""
+    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert sum(lines.values()) < 8000
+    assert {str(path): count for path, count in lines.items() if count > 400} == {}
