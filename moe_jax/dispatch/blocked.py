@@ -36,19 +36,19 @@ def _weighted_sum(tiling: Tiling, x, weights, experts: Experts, tables: Tables, 
 
 
 def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbers):
-    width, names = experts.weights["up"].shape[-1], ("up", "gate") if experts.gated else ("up",)
+    width, names = experts.weights["up"].shape[-1], _inputs(experts)
 
-    def one_tile(size, tile, carry):
+    def one_tile(rows: _Rows, carry):
         saved, out = carry
-        rows = _Rows.of(tables, numbers, tile, size)
-        x_rows = x[rows.assignment // weights.shape[1]]
-        pre = {name: _product(experts, name, "forward", rows, x_rows, rows.expert, (1, 0)).astype(x.dtype) for name in names}
+        x_rows = _take(x, rows.assignment // weights.shape[1])
+        pre = {name: _product(experts, name, "forward", rows, x_rows, (1, 0)).astype(x.dtype) for name in names}
         hidden = experts.hidden(pre["up"], pre.get("gate"), rows.number)
-        y_rows = _product(experts, "down", "forward", rows, hidden, rows.expert, (1, 0))
+        y_rows = _product(experts, "down", "forward", rows, hidden, (1, 0))
         return {name: _put(saved[name], pre[name], rows.start) for name in names}, _put(out, y_rows, rows.start)
 
     empty = {name: jnp.zeros((tiling.rows, width), x.dtype) for name in names}
-    saved, out = _each_tile(tiling, tables, one_tile, (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32)))
+    carry = (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32))
+    saved, out = _each_tile(tiling, tables, numbers, one_tile, carry)
     y = _combine(out, tables, weights).astype(x.dtype)
     kept = None if experts.product is plain_product else out
     return y, (x, weights, experts, tables, numbers, saved, kept)
@@ -56,31 +56,26 @@ def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbe
 
 def _backward(tiling: Tiling, residuals, dy):
     x, weights, experts, tables, numbers, saved, kept = residuals
-    slots, flat_weights = weights.shape[1], weights.reshape(-1)
-    names = tuple(saved)
+    names = _inputs(experts)
 
-    def one_tile(size, tile, carry):
+    def one_tile(rows: _Rows, carry):
         dx_out, d_weight_out, d_experts = carry
-        rows = _Rows.of(tables, numbers, tile, size)
-        token = rows.assignment // slots
-        x_rows, dy_rows = x[token], dy[token]
-        gate = jnp.where(rows.filled, flat_weights[rows.assignment], 0.0)[:, None]
-        pre = [lax.dynamic_slice_in_dim(saved[name], rows.start, size) for name in names]
-        hidden, pull = jax.vjp(lambda *pre: experts.hidden(pre[0], pre[1] if experts.gated else None, rows.number), *pre)
-        if kept is None:  # <dy, hidden W> = <dy W^T, hidden>: the output need not be kept
-            unweighted = _product(experts, "down", "grad_input", rows, dy_rows, rows.expert, (1, 1))
-            d_weight = (unweighted * hidden).sum(1)
-            d_hidden, left = unweighted * gate, (hidden * gate).astype(x.dtype)
-            right = dy_rows
-        else:
-            d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, size) * dy_rows).sum(1)
-            right, left = (dy_rows * gate).astype(x.dtype), hidden
-            d_hidden = _product(experts, "down", "grad_input", rows, right, rows.expert, (1, 1))
-            d_hidden = jnp.where(rows.filled[:, None], d_hidden, 0.0)
-        d_experts = _accumulate(experts, d_experts, "down", rows, left, right)
-        dx_rows = jnp.zeros((), jnp.float32)
+        token = rows.assignment // weights.shape[1]
+        dy_rows = _take(dy, token)
+        gate = jnp.where(rows.filled, _take(weights.reshape(-1), rows.assignment), 0.0)[:, None]
+        pre = [lax.dynamic_slice_in_dim(saved[name], rows.start, rows.size) for name in names]
+        hidden, pull = jax.vjp(lambda up, gate=None: experts.hidden(up, gate, rows.number), *pre)
+        weighted = (dy_rows * gate).astype(x.dtype)
+        if kept is None:  # <dy, hidden W> = <dy W^T, hidden>, and the product commutes with the weight: the output need not be kept
+            unweighted = _product(experts, "down", "grad_input", rows, dy_rows, (1, 1))
+            d_hidden, d_weight = unweighted * gate, (unweighted * hidden).sum(1)
+        else:  # a perturbation in padding is no gradient: what comes back for those rows is set to zero
+            d_hidden = jnp.where(rows.filled[:, None], _product(experts, "down", "grad_input", rows, weighted, (1, 1)), 0.0)
+            d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, rows.size) * dy_rows).sum(1)
+        d_experts = _accumulate(experts, d_experts, "down", rows, hidden, weighted)
+        x_rows, dx_rows = _take(x, token), 0.0
         for name, d_pre in zip(names, pull(d_hidden.astype(x.dtype)), strict=True):
-            dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre, rows.expert, (1, 1))
+            dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre, (1, 1))
             d_experts = _accumulate(experts, d_experts, name, rows, x_rows, d_pre)
         return _put(dx_out, dx_rows, rows.start), _put(d_weight_out, d_weight, rows.start), d_experts
 
@@ -89,9 +84,9 @@ def _backward(tiling: Tiling, residuals, dy):
         jnp.zeros((tiling.rows,), jnp.float32),
         {name: jnp.zeros(w.shape, jnp.float32) for name, w in experts.weights.items()},
     )
-    dx_rows, d_weight, d_experts = _each_tile(tiling, tables, one_tile, carry)
+    dx_rows, d_weight, d_experts = _each_tile(tiling, tables, numbers, one_tile, carry)
     dx = _combine(dx_rows, tables, jnp.ones_like(weights)).astype(x.dtype)
-    d_weights = d_weight[tables.row_of].reshape(weights.shape).astype(weights.dtype)
+    d_weights = _take(d_weight, tables.row_of).reshape(weights.shape).astype(weights.dtype)
     d_experts = {name: value.astype(experts.weights[name].dtype) for name, value in d_experts.items()}
     return dx, d_weights, dataclasses.replace(experts, weights=d_experts, context=None), None, None
 
@@ -103,37 +98,55 @@ _weighted_sum.defvjp(_forward, _backward)
 class _Rows:
     """The rows of one tile."""
 
+    size: int
     expert: jax.Array
-    start: jax.Array  # its first row in the arrays of all rows
-    assignment: jax.Array  # Int[R] local token*K + slot; padding has those of other tiles
+    start: jax.Array  # the first one's place in the arrays of all rows
+    assignment: jax.Array  # Int[R] local token*K + slot; padding has those of other rows
     number: jax.Array  # Int[R] logical row numbers
     filled: jax.Array  # Bool[R] False in padding
+    sets: bool  # whether this tile is the first of its expert to be computed
 
     @classmethod
-    def of(cls, tables: Tables, numbers, tile, size: int) -> "_Rows":
+    def of(cls, tables: Tables, numbers, size: int, sets: bool, tile) -> "_Rows":
         assignment = lax.dynamic_slice_in_dim(tables.order, tables.first[tile], size)
         filled = jnp.arange(size) < tables.filled[tile]
-        return cls(tables.expert[tile], tables.start[tile], assignment, numbers[assignment], filled)
+        return cls(size, tables.expert[tile], tables.start[tile], assignment, _take(numbers, assignment), filled, sets)
 
 
-def _each_tile(tiling: Tiling, tables: Tables, one_tile, carry):
-    """carry after one_tile(size, tile, carry) for every tile, a loop for each size class. Not lax.switch: XLA:CPU copies the carry through it."""
-    for size_class in range(tiling.classes, 0, -1):
-        step = functools.partial(one_tile, size_class * tiling.unit)
+def _each_tile(tiling: Tiling, tables: Tables, numbers, one_tile, carry):
+    """carry after one_tile(rows, carry) for every tile; a loop for each size class. Not lax.switch: XLA:CPU copies the carry through it."""
+    for size_class in range(1, tiling.classes + 2):
+        size, sets = min(size_class, tiling.classes) * tiling.unit, size_class <= tiling.classes
+
+        def step(tile, carry, size=size, sets=sets):
+            return one_tile(_Rows.of(tables, numbers, size, sets, tile), carry)
+
         carry = lax.fori_loop(tables.bounds[size_class], tables.bounds[size_class + 1], step, carry)
     return carry
 
 
-def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a, expert, contract):
-    w = lax.dynamic_index_in_dim(experts.weights[name], expert, keepdims=False).astype(a.dtype)
+def _inputs(experts: Experts) -> tuple[str, ...]:
+    """The matrices that x meets, in the order in which the hidden layer takes them (a dict through jax comes back sorted)."""
+    return ("up", "gate") if experts.gated else ("up",)
+
+
+def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a, contract: tuple[int, int]):
+    """float32 product of the tile's rows with its expert's matrix, through the hook."""
+    w = lax.dynamic_index_in_dim(experts.weights[name], rows.expert, keepdims=False).astype(a.dtype)
     return experts.product(experts.context, f"expert_{name}", pass_, rows.number, a, w, contract)
 
 
 def _accumulate(experts: Experts, d_experts: dict, name: str, rows: _Rows, a, b) -> dict:
-    """d_experts with a^T b, [*, *] over the tile's rows, added to the tile's expert."""
-    part = experts.product(experts.context, f"expert_{name}", "grad_weight", rows.number, a, b, (0, 0))
-    total = lax.dynamic_index_in_dim(d_experts[name], rows.expert, keepdims=False) + part
+    """d_experts with a^T b over the tile's rows set or added for the tile's expert."""
+    total = experts.product(experts.context, f"expert_{name}", "grad_weight", rows.number, a, b, (0, 0))
+    if not rows.sets:
+        total = total + lax.dynamic_index_in_dim(d_experts[name], rows.expert, keepdims=False)
     return {**d_experts, name: lax.dynamic_update_index_in_dim(d_experts[name], total, rows.expert, 0)}
+
+
+def _take(array, index):
+    """array[index] for an index that is known to be inside: without the selects that guard one that is not."""
+    return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _put(array, rows, start):
@@ -143,4 +156,4 @@ def _put(array, rows, start):
 def _combine(rows, tables: Tables, weights):
     """sum_k weights[t,k] * rows[row_of[t,k]], [T,D], by K gathers."""
     row_of = tables.row_of.reshape(weights.shape)
-    return sum(weights[:, k, None] * rows[row_of[:, k]] for k in range(weights.shape[1]))
+    return sum(weights[:, k, None] * _take(rows, row_of[:, k]) for k in range(weights.shape[1]))

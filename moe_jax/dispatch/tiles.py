@@ -1,7 +1,8 @@
 """Where sorted assignments go: each expert's rows are padded to a unit and cut into tiles of a few static sizes.
 
-R = T*K assignments, E experts, N tiles, C size classes. Class c holds tiles of c*unit rows. A group of n rows becomes some tiles of the largest class and
-one of its remainder's class, so an expert is mostly one matmul of nearly its true size. All sizes below are static and hold any routing: nothing drops.
+R = T*K assignments, E experts, N tiles, C size classes. Class c holds tiles of c*unit rows. Every expert that has rows gets one tile of its remainder's class,
+1 to C, and before it as many tiles of the largest size as it needs: class C+1. So an expert is mostly one matmul of nearly its true size, and its tile in
+classes 1 to C is the one that can set what the others add to. All sizes are static and hold any routing: nothing drops.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ class Tables:
     first: Int[Array, "N"]  # its first position in `order`
     start: Int[Array, "N"]  # its first row
     filled: Int[Array, "N"]  # how many of its rows are assignments; the rest is padding
-    bounds: Int[Array, "C+2"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
+    bounds: Int[Array, "C+3"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
     padded: Int[Array, ""]  # rows beyond the assignments
 
 
@@ -78,7 +79,8 @@ def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
     tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), tiling.experts - 1).astype(jnp.int32)
     offset = (tile - (last - counts)[expert]) * largest
-    size_class = jnp.where(tile < last[-1], jnp.clip(units[expert] - offset // unit, 0, tiling.classes), 0)
+    left = units[expert] - offset // unit
+    size_class = jnp.where(tile < last[-1], jnp.minimum(left, tiling.classes + 1), 0)
     by_size = jnp.argsort(size_class, stable=True)
     return Tables(
         order=jnp.concatenate([order, jnp.zeros(largest, jnp.int32)]),
@@ -88,15 +90,15 @@ def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
         first=(begins[expert] + offset)[by_size],
         start=(starts[expert] + offset)[by_size],
         filled=jnp.clip(sizes[expert] - offset, 0, largest)[by_size],
-        bounds=jnp.searchsorted(size_class[by_size], jnp.arange(tiling.classes + 2)).astype(jnp.int32),
+        bounds=jnp.searchsorted(size_class[by_size], jnp.arange(tiling.classes + 3)).astype(jnp.int32),
         padded=ends[-1] - tiling.assignments,
     )
 
 
-def _sort(flat: Int[Array, "R"], experts: int) -> tuple[Int[Array, "R"], Int[Array, "E+1"]]:
+def _sort(flat: Int[Array, "R"], experts: int, limit: int = 2**31) -> tuple[Int[Array, "R"], Int[Array, "E+1"]]:
     """(order, begins): the assignments expert by expert, in token order inside one, and where each expert's begin."""
     count = flat.shape[0]
-    if count * experts < 2**31:  # one key that holds both numbers sorts faster than a pair
+    if count * experts < limit:  # one key that holds both numbers sorts faster than a pair
         key = jnp.sort(flat * count + jnp.arange(count, dtype=jnp.int32))
         ranked, order = key // count, key % count
     else:

@@ -14,7 +14,6 @@ scale.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,8 +75,10 @@ class SiteNoise:
             for name in given:
                 if name not in known:
                     raise ConfigError(f"unknown name {name!r} in {field}{nearest(name, known)}; known: {', '.join(known)}")
-        if isinstance(self.scale, (int, float, np.number)) and not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ConfigError(f"a noise scale must be finite and not negative, got {self.scale}")
+        if isinstance(self.scale, (int, float, np.number, np.ndarray, list, tuple)):  # an array of jax may be traced: it has no value here
+            given = np.asarray(self.scale, np.float64)
+            if not (np.isfinite(given) & (given >= 0)).all():
+                raise ConfigError(f"a noise scale must be finite and not negative, got {self.scale}")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -112,6 +113,8 @@ class NoiseSpec:
             kind, *options = rest.split(":")
             if not rest or not options:
                 raise ConfigError(f"cannot read noise {entry!r}; write site=kind:scale, e.g. router_logits=additive:0.1")
+            if site in sites:
+                raise ConfigError(f"noise at {site!r} is given twice, the second time as {entry!r}; give one")
             try:
                 scale = float(options[0])
             except ValueError:
@@ -174,7 +177,10 @@ def _option(option: str, entry: str) -> tuple[str, tuple]:
 def _layer_numbers(text: str) -> Iterable[int]:
     for part in text.split("+"):
         first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
+        layers = range(int(first), int(last or first) + 1)
+        if not layers:
+            raise ValueError(f"no layers in {part!r}")
+        yield from layers
 
 
 @jax.tree_util.register_pytree_node_class

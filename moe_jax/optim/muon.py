@@ -36,11 +36,11 @@ def orthogonalise(
     """The Newton-Schulz image of every matrix in x [..., in, out]: same singular vectors, singular values near 1; float32.
 
     form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that, always in
-    float32 (bfloat16 Gram matrices lose the small singular values): fewer operations when n > 1.5 m. "auto" is "gram" there and
-    "standard" otherwise. dtype: of the operands of the standard form; products accumulate in float32 either way.
+    float32 (in bfloat16 it loses the small singular values). "auto" is "gram" for float32 matrices with n > 1.5 m, where it needs fewer
+    operations, and "standard" otherwise. dtype: of the operands of the standard form; products accumulate in float32 either way.
     batch: "map" takes the matrices one after the other (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
     so their sharding stays); None decides by the platform the program is lowered for.
-    A zero matrix stays zero. Raises ConfigError for an unknown form, dtype or batch.
+    A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
     Source: Jordan et al. 2024, "Muon" (Frobenius pre-scaling, the quintic); Gram form: the same polynomial with R = X Xᵀ carried along.
     """
     _known("form", form, FORMS)
@@ -48,16 +48,18 @@ def orthogonalise(
     if x.ndim < 2:
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
-    gram = form == "gram" or (form == "auto" and n > 1.5 * m)
-    one = partial(_gram, eps=eps) if gram else partial(_standard, eps=eps, dtype=dtype)
-    solve = partial(one, steps=steps, coefficients=coefficients)
-    x = x.astype(jnp.float32)
-    if x.ndim == 2 or batch == "vmap":
-        return solve(x)
+    gram = form == "gram" or (form == "auto" and dtype == "float32" and n > 1.5 * m)
+    solve = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
+    tall = x.shape[-2] > x.shape[-1]
+    # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
+    x = lax.optimization_barrier((x.mT if tall else x).astype(jnp.float32))
     if batch is None:
-        return lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
-    _known("batch", batch, BATCHES)
-    return _mapped(solve, x)
+        y = lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
+    else:
+        _known("batch", batch, BATCHES)
+        y = _mapped(solve, x) if batch == "map" else solve(x)
+    y = lax.optimization_barrier(y)
+    return y.mT if tall else y
 
 
 def _mapped(solve: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -69,39 +71,49 @@ def _known(what: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"unknown {what} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # HIGHEST: float32 means float32 (the default is TF32 on NVIDIA and bfloat16 passes on TPU); bfloat16 operands are not affected.
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _product(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
+    """a @ b, or a @ bᵀ with `transpose`, of every matrix, accumulated in float32."""
+    stack = tuple(range(a.ndim - 2))
+    contracted = (a.ndim - 1,), (b.ndim - 1 if transpose else b.ndim - 2,)
+    # HIGHEST: float32 means float32 (the default is TF32 on NVIDIA and bfloat16 passes on TPU). Contracting the last axes of both, instead of
+    # writing b.mT, spares the CPU a copy that costs more than a bfloat16 product.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (contracted, (stack, stack)), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _prescale(r: jax.Array, eps: float) -> jax.Array:
+    # The trace of X Xᵀ is the squared Frobenius norm of X, so the pre-scaling costs no pass over X.
+    return 1.0 / (jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None, None] + eps)
 
 
 def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> jax.Array:
-    """X <- a X + (b A + c A²) X with A = X Xᵀ, on the shorter side."""
+    """X <- (a I + b R + c R²) X with R = X Xᵀ, for X [..., m, n]; the first step also divides X by its Frobenius norm."""
     a, b, c = coefficients
-    wide = x.shape[-2] <= x.shape[-1]
-    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)).astype(dtype)
-    for _ in range(steps):
-        r = (_matmul(x, x.mT) if wide else _matmul(x.mT, x)).astype(dtype)
-        p = (b * r + c * _matmul(r, r)).astype(dtype)
-        x = (a * x + (_matmul(p, x) if wide else _matmul(x, p))).astype(dtype)
-    return x.astype(jnp.float32)
+    identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
+    for step in range(steps):
+        x = x.astype(dtype)
+        r = _product(x, x, transpose=True)
+        scale = _prescale(r, eps) if step == 0 else 1.0
+        r = r * scale**2
+        rounded = r.astype(dtype)
+        p = (a * identity + b * r + c * _product(rounded, rounded)) * scale
+        x = _product(p.astype(dtype), x)
+    return x
 
 
 def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> jax.Array:
-    """The same polynomial as Q(R) X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All of them commute and are symmetric."""
+    """The same polynomial as Q(R) X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All of them are symmetric and commute."""
     a, b, c = coefficients
-    wide = x.shape[-2] <= x.shape[-1]
-    r = _matmul(x, x.mT) if wide else _matmul(x.mT, x)
-    # trace(R) is the squared Frobenius norm, so the pre-scaling costs no pass over X.
-    scale = 1.0 / (jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None, None] + eps)
+    r = _product(x, x, transpose=True)
+    scale = _prescale(r, eps)
     r = r * scale**2
-    q = identity = jnp.eye(r.shape[-1], dtype=r.dtype)
+    q = identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
     for step in range(steps):
-        p = a * identity + b * r + c * _matmul(r, r)
-        q = p if step == 0 else _matmul(p, q)
+        p = a * identity + b * r + c * _product(r, r)
+        q = p if step == 0 else _product(p, q)
         if step + 1 < steps:
-            r = _matmul(_matmul(p, r), p)
-    q = q * scale
-    return _matmul(q, x) if wide else _matmul(x, q)
+            r = _product(_product(p, r), p)
+    return _product(q * scale, x)
 
 
 class MuonState(NamedTuple):

@@ -85,7 +85,7 @@ def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
     caption = (
         f"Paired differences in {metric.label}: mean (diamond) and {100 * (1 - design.alpha):g} % interval of each comparison, with the "
         "difference of every seed. Blue and filled: resolved after Holm's correction; grey and open: unresolved. Grey band: "
-        "effects smaller than the smallest resolvable one, which this design would find by luck only."
+        "effects smaller than the smallest resolvable one, which this design would miss more than one time in five."
     )
     return Figure(f"differences_{metric.name}", caption, _png(figure))
 
@@ -108,7 +108,7 @@ def load_figure(analysis: Analysis) -> Figure | None:
     scale, image = colors.TwoSlopeNorm(1.0, 0.0, top), None
     for ax, (cell, load) in zip(axes.flat, panels, strict=False):
         image = ax.imshow(load, cmap="PuOr_r", norm=scale, aspect="auto", interpolation="nearest")
-        ax.set_title(cell_text(design, cell), fontsize=10)
+        ax.set_title(_wrap(cell_text(design, cell), 84 // columns), fontsize=10)
         ax.set_yticks(_ticks(load.shape[0]))
         ax.set_xticks(_ticks(load.shape[1]), [str(i + 1) for i in _ticks(load.shape[1])])
         if load.size <= 96:
@@ -262,7 +262,7 @@ def _ticks(count: int) -> list[int]:
 
 
 def _wrap(text: str, width: int = 44) -> str:
-    """Breaks a label before ' at ' or at the last blank that fits, in at most a few lines."""
+    """Breaks a label at blanks into lines of at most `width` characters."""
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

@@ -269,20 +269,14 @@ def _scan(path: Path) -> _Scan:
             torn += row.get("lines", [])
             unread = [n for n in unread if n not in torn]
         else:
-            _refuse(path, unread)
             run = _decode(path, number, design, row)
             if run.status == "finished" and (first := finished_at.setdefault(run.key, number)) != number:
                 raise LedgerDamaged(f"{path}: lines {first} and {number} both finish {_name(run)}; a study counts a run once")
             runs.append(run)
     if unread != list(range(len(lines) + 1 - len(unread), len(lines) + 1)):  # only a tail can be a killed writer's
-        _refuse(path, unread)
+        raise LedgerDamaged(f"{path}: line {unread[0]} is not a JSON object; restore it from a copy, or delete that line to run it again")
     healing = (b"" if ended else b"\n") + (_line({"kind": "torn", "lines": unread}) if unread else b"")
     return _Scan(design, tuple(runs), finished_at, (*torn, *unread), healing)
-
-
-def _refuse(path: Path, unread: list[int]) -> None:
-    if unread:
-        raise LedgerDamaged(f"{path}: line {unread[0]} is not a JSON object; restore it from a copy, or delete that line to run it again")
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

@@ -110,7 +110,7 @@ def contrasts(
 
 def seeds_of(values: Mapping[CellKey, Mapping[int, float]], comparison: Comparison) -> tuple[int, ...]:
     """The seeds, ascending, for which every cell of the comparison has a value."""
-    return tuple(sorted(set.union(*(set(values.get(cell, {})) for _, cell in comparison.terms))))
+    return tuple(sorted(set.intersection(*(set(values.get(cell, {})) for _, cell in comparison.terms))))
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

@@ -145,7 +145,7 @@ def _contrast_notes(design: Design) -> tuple[str, ...]:
         f"Exact p tries all 2^{n} sign patterns and assumes no distribution; with {n} seeds it cannot be below "
         f"{stats.smallest_exact_p(n):.3g}, so a smaller p leans on the differences being normal.",
         "Smallest resolvable: the true effect that this n and this spread would find with 80 % probability at alpha divided by the "
-        "size of the family, so whatever its other comparisons show. A smaller one can still be found, by luck.",
+        "size of the family, so whatever its other comparisons show. A smaller one is found less often.",
     )
 
 

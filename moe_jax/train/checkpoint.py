@@ -11,7 +11,7 @@ whatever dtype is asked for; here both are refused. Its CheckpointManager is not
 was never finished, it skips saves in silence, and the retention it adds is one loop.
 
 Cost on two shared CPU cores: 37 leaves, 1.4 MB: 0.05 s to save, 0.02 s to restore, 0.2 s more for the first save of a process (orbax's
-import); 1.2 GB: 2 to 3 s each way, of which sha256 takes 0.7 s. Compression is off: it doubles the time to save 12 % of the disk.
+import); 1.2 GB: about 3 s to save and 3 to 7 s to restore, of which sha256 takes 0.7 s. Compression is off: it doubles the time to save 12 % of the disk.
 """
 
 import hashlib

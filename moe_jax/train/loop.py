@@ -50,7 +50,7 @@ class RunConfig:
     eval_batch: int = 32  # windows at a time
     loss_windows: int | None = None  # an evaluation's loss is over the first so many windows; None: all. Expert usage is over all
     log_every: int = 1  # updates between rows of metrics.jsonl
-    checkpoint_every: int = 0  # updates between checkpoints; 0: none
+    checkpoint_every: int = 0  # updates between checkpoints, and one at the end; 0: none
 
     def __post_init__(self):
         for field, least in (("updates", 1), ("eval_every", 0), ("eval_batch", 1), ("log_every", 1), ("checkpoint_every", 0)):
@@ -151,7 +151,7 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
             _drain(pending, recorder, progress, names, tokens)
             pending = (update + 1, metrics, flags)
             done, stopping = update + 1, stop()
-            saving = checkpoints is not None and done < config.updates and (stopping or done % config.checkpoint_every == 0)
+            saving = checkpoints is not None and (stopping or done == config.updates or done % config.checkpoint_every == 0)
             evaluating = config.eval_every and done % config.eval_every == 0 and done < config.updates
             if saving or evaluating or stopping:
                 _drain(pending, recorder, progress, names, tokens)  # raises before a state that was not checked is saved
@@ -159,6 +159,7 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
             if evaluating:
                 _evaluate(config, program, data, state, done, recorder)
             if saving:
+                recorder.flush()
                 checkpoints.save(done, state)
             if stopping and done < config.updates:
                 where = f"saved; the same command goes on from update {done}" if saving else "not saved: checkpoint_every is 0"
@@ -273,6 +274,10 @@ class _Recorder:
                 if name != "step":
                     found.setdefault(name, []).append([row["step"], value])
         return found
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:

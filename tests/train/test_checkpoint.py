@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -91,9 +90,6 @@ def copied(two_steps, tmp_path):
     folder, states = two_steps
     shutil.copytree(folder, tmp_path / "checkpoints")
     return tmp_path / "checkpoints", states
-
-
-# --- round trips --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_structure_and_extra(tmp_path):
@@ -270,8 +266,8 @@ def test_damage_to_any_file_is_seen_or_harmless_and_the_step_before_is_used(two_
         before = (folder / name).read_bytes()
         damage(folder / name, generator)
         if (folder / name).exists() and (folder / name).read_bytes() == before:
-            shutil.rmtree(folder)  # a file that is the same in both steps
-            continue
+            shutil.rmtree(folder)
+            continue  # a file that is the same in both steps
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             restored, extra, step = open_checkpoints(folder).restore(states[8])
@@ -379,7 +375,6 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         last = saved
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_step(tmp_path):
     code = textwrap.dedent("""
         import resource, signal, sys

@@ -1,0 +1,88 @@
+"""Trains one model, or goes on with it: the same command again resumes from the newest checkpoint.
+
+  python -m launch.train --preset=tiny --data=synthetic --steps=200 --workdir=runs/tiny
+  python -m launch.train --preset=quick --data=wiki --steps=500 --noise=router_logits=additive:0.1 --workdir=runs/noisy
+
+Writes config.json, versions.json, command.txt, metrics.jsonl and checkpoints into the workdir and prints the final evaluation.
+Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and resumable.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from launch.common import StopRequests, apply_overrides, define_set, run
+
+_PRESET = flags.DEFINE_string("preset", "quick", "Model preset: tiny, quick, small, seed_79m.")
+_DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt).")
+_STEPS = flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
+_NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…][:layers=…], comma-separated, e.g. router_logits=additive:0.1.")
+_SEED = flags.DEFINE_integer("seed", 0, "Initial weights, data order and draws; --set init_seed= and the like part them.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Needed unless --dry_run.")
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the config, the parameters and the optimizer table; write nothing.")
+_SET = define_set()
+
+
+def main(argv: list[str]) -> None:
+    """Builds the config, then trains, or prints it."""
+    from moe_jax.errors import ConfigError
+
+    config = make_config()
+    if _DRY_RUN.value:
+        _describe(config)
+    elif not _WORKDIR.value:
+        raise ConfigError("--workdir is needed: the folder that metrics and checkpoints go into")
+    else:
+        _train(config, Path(_WORKDIR.value))
+
+
+def make_config():
+    """The RunConfig that the flags name."""
+    from moe_jax.model import ModelConfig
+    from moe_jax.optim.plan import OptimizerConfig
+    from moe_jax.train.data import DataConfig
+    from moe_jax.train.loop import RunConfig
+
+    model = ModelConfig.preset(_PRESET.value)
+    known = {260: "bytes", 49_152: "smollm2"}
+    data = DataConfig(source=_DATA.value, tokenizer=known.get(model.vocab_size, f"bpe:{model.vocab_size}"), seq_len=min(128, model.max_seq_len))
+    steps = _STEPS.value
+    optimizer = OptimizerConfig(warmup=max(1, steps // 20), total=steps)
+    config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))
+    config = dataclasses.replace(config, init_seed=_SEED.value, data_seed=_SEED.value, noise_seed=_SEED.value)
+    return apply_overrides(config, _SET.value)
+
+
+def _describe(config) -> None:
+    import json
+
+    from moe_jax.config_tools import config_dict
+    from moe_jax.model import Model
+    from moe_jax.optim.plan import plan
+
+    model = Model(config.model)
+    print(json.dumps(config_dict(config), indent=2))
+    print(plan(model.specs, config.optimizer).table())
+    print(f"{model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token")
+
+
+def _train(config, workdir: Path) -> None:
+    from moe_jax.train.data import build
+    from moe_jax.train.loop import run as train
+    from moe_jax.train.run_folder import RunFolder
+    from moe_jax.train.writers import Progress
+
+    with RunFolder(workdir) as folder, StopRequests() as stop, Progress(config.updates) as progress:
+        folder.check_config(config)
+        data = build(config.data, config.data_seed)
+        for change in folder.start(config, sys.argv):
+            print(f"since the last launch: {change}", file=sys.stderr)
+        result = train(config, config.program(), data, workdir, progress, lambda: bool(stop()))
+    for name, value in sorted(result.metrics.items()):
+        print(f"{name:<28}{value:.5g}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,266 @@
+"""One contract for every dispatch implementation: values, gradients, counts and hooks against a NumPy loop over tokens and slots."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.dispatch import DispatchStats, dispatch
+from moe_jax.dispatch.blocked import dispatch_blocked
+from moe_jax.experts import Experts
+from moe_jax.routing import RoutingDecision, select
+from tests.dispatch import reference
+
+# Float32 against float64: sums of at most 32 products of numbers of order 1, a few of them one after the other; 2**-24 each, with room.
+FLOAT32 = 2e-5
+# bfloat16 against dense bfloat16: some five roundings of 2**-9 relative to the largest value, on each side.
+BFLOAT16 = 2**-6
+
+
+def problem(tokens=13, width=8, inner=12, experts=5, slots=2, gated=False, skew=1.0, seed=0, dtype=jnp.float32):
+    """(x, decision, matrices, dy), routed by random logits of which each expert's have an offset of size `skew`."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    ids = select(normal(tokens, experts) + skew * normal(experts), slots)
+    matrices = {"up": normal(experts, width, inner) * width**-0.5, "down": normal(experts, inner, width) * inner**-0.5}
+    if gated:
+        matrices["gate"] = normal(experts, width, inner) * width**-0.5
+    weights = jax.nn.softmax(normal(tokens, slots))
+    return normal(tokens, width).astype(dtype), RoutingDecision(ids, weights), matrices, normal(tokens, width).astype(dtype)
+
+
+def assert_close(got, want, bound):
+    """Every array within `bound` of the reference, relative to the reference's largest value."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        b = np.asarray(b, np.float64)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=bound * (1e-30 + np.abs(b).max()))
+
+
+class DispatchContract:
+    """What all implementations owe. A subclass says how to call its own and what it refuses."""
+
+    implementation: object = None
+    perturbs = True  # takes a product that is not the plain one
+    perturbed_gradients = True  # and its grad_input pass, which autodiff of a product without a derivative of its own does not have
+
+    def call(self, x, decision, experts, tokens=None):
+        return dispatch(x, decision, experts, self.implementation, tokens=tokens, force=True)
+
+    @functools.cached_property
+    def _compiled(self):
+        return {}
+
+    def value_and_gradients(self, x, decision, matrices, dy, activation="silu", context=None, tokens=None, **hooks):
+        """((y, dx, d_weights, d_matrices), stats), compiled once per structure."""
+        structure = (activation, tuple(hooks.items()))
+
+        @jax.jit
+        def run(x, decision, matrices, dy, context, tokens):
+            def forward(x, weights, matrices):
+                return self.call(x, RoutingDecision(decision.ids, weights), Experts(matrices, context, activation, **hooks), tokens)
+
+            y, pull, stats = jax.vjp(forward, x, decision.weights, matrices, has_aux=True)
+            dx, d_weights, d_matrices = pull(dy)
+            return (y, dx, d_weights, d_matrices), stats
+
+        return self._compiled.setdefault(structure, run)(x, decision, matrices, dy, context, tokens)
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            dict(tokens=1, experts=3),  # one token
+            dict(tokens=9, experts=1, slots=1),  # one expert
+            dict(tokens=6, experts=3, slots=3),  # every expert chosen
+            dict(tokens=37, experts=5, skew=3.0),  # uneven
+            dict(tokens=4, experts=16, slots=1),  # most experts empty
+        ],
+        ids=lambda sizes: "-".join(f"{name}{value}" for name, value in sizes.items()),
+    )
+    def test_values_and_gradients(self, sizes):
+        x, decision, matrices, dy = problem(**sizes)
+        (y, *gradients), stats = self.value_and_gradients(x, decision, matrices, dy)
+        assert_close((y, *gradients), reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy), FLOAT32)
+
+        load = np.bincount(np.asarray(decision.ids).ravel(), minlength=matrices["up"].shape[0])
+        assert isinstance(stats, DispatchStats)
+        np.testing.assert_array_equal(stats.load, load)
+        assert int(stats.dropped) == 0 and int(stats.padded) >= 0
+        for d in gradients[-1].values():  # an expert without rows has no gradient, exactly
+            assert not np.asarray(d)[load == 0].any()
+
+    @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_activations(self, activation, gated):
+        x, decision, matrices, dy = problem(gated=gated)
+        got, _ = self.value_and_gradients(x, decision, matrices, dy, activation)
+        assert_close(got, reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, activation), FLOAT32)
+
+    def test_all_tokens_to_one_expert(self):
+        x, decision, matrices, dy = problem(tokens=50, slots=1)
+        decision = RoutingDecision(jnp.full_like(decision.ids, 3), decision.weights)
+        got, stats = self.value_and_gradients(x, decision, matrices, dy)
+        assert_close(got, reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy), FLOAT32)
+        assert stats.load.tolist() == [0, 0, 0, 50, 0]
+
+    @settings(max_examples=8, deadline=None)
+    @given(
+        sizes=st.sampled_from([(17, 4, 2), (5, 9, 3), (30, 2, 1)]), skew=st.floats(0, 8), seed=st.integers(0, 2**32 - 1), twice=st.booleans()
+    )
+    def test_any_routing(self, sizes, skew, seed, twice):
+        tokens, experts, slots = sizes
+        x, decision, matrices, dy = problem(tokens=tokens, experts=experts, slots=slots, skew=skew, seed=seed)
+        if twice:  # an expert may be chosen twice by one token, when a decision says so
+            decision = RoutingDecision(decision.ids.at[:, 0].set(decision.ids[:, -1]), decision.weights)
+        got, _ = self.value_and_gradients(x, decision, matrices, dy)
+        assert_close(got, reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy), FLOAT32)
+
+    def test_a_zero_weight_still_has_a_gradient(self):
+        x, decision, matrices, dy = problem()
+        decision = RoutingDecision(decision.ids, decision.weights.at[:, 1].set(0.0))
+        (_, _, d_weights, _), _ = self.value_and_gradients(x, decision, matrices, dy)
+        want = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy)[2]
+        assert np.abs(want[:, 1]).min() > 1e-4
+        assert_close(d_weights, want, FLOAT32)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_bfloat16_rows_with_float32_weights(self, gated):
+        x, decision, matrices, dy = problem(tokens=40, gated=gated, dtype=jnp.bfloat16)
+        got, _ = self.value_and_gradients(x, decision, matrices, dy)
+        want, _ = TestDense().value_and_gradients(x, decision, matrices, dy)
+        assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, (x, x, decision.weights, matrices))
+        assert_close(got, want, BFLOAT16)
+
+    def test_mask_by_logical_rows(self):
+        x, decision, matrices, dy = problem(gated=True)
+        got, _ = self.value_and_gradients(x, decision, matrices, dy, mask=reference.keep_mask)
+        want = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, masked=True)
+        assert_close(got, want, FLOAT32)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_perturbed_products_by_logical_rows(self, gated):
+        x, decision, matrices, dy = problem(gated=gated, tokens=21)
+        hooks = dict(product=reference.bumpy_product, mask=reference.keep_mask, context={"scale": jnp.float32(0.3), "key": jnp.arange(2, dtype=jnp.uint32)})
+        if not self.perturbs:
+            with pytest.raises(NotImplementedError, match="perturbing product"):
+                self.value_and_gradients(x, decision, matrices, dy, **hooks)
+            return
+        (y, dx, d_weights, d_matrices), _ = self.value_and_gradients(x, decision, matrices, dy, **hooks)
+        want = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, scale=0.3, masked=True)
+        clean = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, masked=True)
+        assert np.abs(want[0] - clean[0]).max() > 0.1 and np.abs(want[2] - clean[2]).max() > 0.1
+        assert_close((y, d_weights), (want[0], want[2]), FLOAT32)
+        if self.perturbed_gradients:
+            assert_close((dx, d_matrices), (want[1], want[3]), FLOAT32)
+
+    def test_token_numbers_move_the_draws_with_the_tokens(self):
+        x, decision, matrices, dy = problem(tokens=19)
+        hooks = dict(mask=reference.keep_mask)
+        if self.perturbs:
+            hooks |= dict(product=reference.bumpy_product, context={"scale": jnp.float32(0.3)})
+        order = np.random.default_rng(1).permutation(19)
+        moved = RoutingDecision(decision.ids[order], decision.weights[order])
+        (y, dx, d_weights, d_matrices), _ = self.value_and_gradients(x, decision, matrices, dy, tokens=100 + jnp.arange(19), **hooks)
+        got, _ = self.value_and_gradients(x[order], moved, matrices, dy[order], tokens=100 + jnp.asarray(order), **hooks)
+        assert_close(got, (y[order], dx[order], d_weights[order], d_matrices), FLOAT32)
+
+        elsewhere, _ = self.value_and_gradients(x, decision, matrices, dy, tokens=jnp.arange(19), **hooks)
+        assert np.abs(elsewhere[0] - y).max() > 0.01  # other numbers, other draws
+
+    def test_context_gets_no_gradient(self):
+        x, decision, matrices, _ = problem()
+        experts = Experts(matrices, {"scale": jnp.float32(1.0), "key": jnp.arange(2, dtype=jnp.uint32)}, mask=reference.keep_mask)
+        d = jax.grad(lambda experts: self.call(x, decision, experts)[0].sum(), allow_int=True)(experts)
+        assert float(d.context["scale"]) == 0.0 and d.context["key"].dtype == jax.dtypes.float0
+
+    def test_scanned_layers_with_recomputation(self):
+        x, decision, matrices, dy = problem(tokens=11)
+        stacked = jax.tree.map(lambda a: jnp.stack([a, -a]), matrices)
+
+        def layer(x, matrices):
+            y, stats = self.call(x, decision, Experts(matrices))
+            return x + y, stats.load
+
+        def scanned(x, stacked):
+            y, loads = jax.lax.scan(jax.checkpoint(layer), x, stacked)
+            return (y * dy).sum(), loads
+
+        def unrolled(x, stacked):
+            for index in range(2):
+                x, _ = layer(x, jax.tree.map(lambda a: a[index], stacked))
+            return (x * dy).sum()
+
+        got, loads = jax.jit(jax.grad(scanned, argnums=(0, 1), has_aux=True))(x, stacked)
+        assert loads.shape == (2, 5)
+        assert_close(got, jax.grad(unrolled, argnums=(0, 1))(x, stacked), FLOAT32)
+
+
+class TestDense(DispatchContract):
+    implementation = "dense"
+    perturbed_gradients = False
+
+
+class TestBlocked(DispatchContract):
+    implementation = "blocked"
+
+
+class TestBlockedSmallTiles(DispatchContract):
+    """Tiles of 2, 4 and 6 rows, so that these small problems use every size class, several tiles of the largest, and padding."""
+
+    implementation = staticmethod(functools.partial(dispatch_blocked, unit=2, largest=6))
+
+
+class TestRagged(DispatchContract):
+    implementation = "ragged"
+    perturbs = False
+
+
+def _jaxpr(implementation) -> str:
+    x, decision, matrices, _ = problem()
+
+    def loss(x, weights, matrices):
+        return dispatch(x, RoutingDecision(decision.ids, weights), Experts(matrices), implementation, force=True)[0].sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, decision.weights, matrices))
+
+
+def test_the_implementations_are_different_programs():
+    dense, blocked, ragged = (_jaxpr(name) for name in ("dense", "blocked", "ragged"))
+    assert "while" in blocked and "while" not in dense and "while" not in ragged
+    assert "ragged_dot" in ragged and "ragged_dot" not in dense + blocked
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+def test_no_rows_are_scattered(implementation):
+    assert "scatter-add" not in _jaxpr(implementation) and "scatter_add" not in _jaxpr(implementation)
+
+
+def test_the_platform_chooses():
+    assert _jaxpr(None) == _jaxpr("blocked") != _jaxpr("dense")
+
+
+def test_padding_is_counted():
+    x, decision, matrices, _ = problem(tokens=20, slots=1)
+    decision = RoutingDecision(jnp.repeat(jnp.array([0, 2]), jnp.array([13, 7]), total_repeat_length=20)[:, None], decision.weights)
+    _, stats = dispatch_blocked(x, decision, Experts(matrices), unit=8, largest=8)
+    assert int(stats.padded) == (16 - 13) + (8 - 7)
+
+
+def test_refusals():
+    x, decision, matrices, _ = problem()
+    experts = Experts(matrices)
+    with pytest.raises(ValueError, match=r"'bloked' \(did you mean 'blocked'\?\); known: dense, blocked, ragged"):
+        dispatch(x, decision, experts, "bloked")
+    with pytest.raises(NotImplementedError, match="130 times slower.*force=True"):
+        dispatch(x, decision, experts, "ragged")
+    with pytest.raises(ValueError, match=r"shape \[T, D\], got \(1, 13, 8\)"):
+        dispatch(x[None], decision, experts)
+    with pytest.raises(ValueError, match=r"need ids and weights of shape \[13, K\]"):
+        dispatch(x, RoutingDecision(decision.ids, decision.weights[:, :1]), experts)
+    with pytest.raises(ValueError, match="x has width 4"):
+        dispatch(x[:, :4], decision, experts)
+    with pytest.raises(ValueError, match=r"token numbers of shape \(13,\), got \(2,\)"):
+        dispatch(x, decision, experts, tokens=jnp.arange(2))

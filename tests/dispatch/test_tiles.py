@@ -1,0 +1,64 @@
+"""The integer tables of a tile layout, against a plain loop over experts."""
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.dispatch import tiles
+from moe_jax.dispatch.tiles import Tiling, make_tables
+
+
+def layout(ids, tiling):
+    """(order, row of each assignment, tiles by class as sets of (expert, first, start, filled), padded rows) by a loop."""
+    order, row_of, by_class, start = [], np.full(ids.size, -1), {}, 0
+    for expert in range(tiling.experts):
+        mine = [i for i, e in enumerate(ids) if e == expert]
+        for place, assignment in enumerate(mine):
+            row_of[assignment] = start + place
+        first, left = len(order), len(mine)
+        order += mine
+        while left > 0:
+            size_class = tiling.classes + 1 if left > tiling.largest else -(-left // tiling.unit)
+            size = min(size_class, tiling.classes) * tiling.unit
+            by_class.setdefault(size_class, set()).add((expert, first, start, min(left, size)))
+            first, start, left = first + size, start + size, left - size
+    return order, row_of, by_class, start - ids.size
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), shape=st.sampled_from([(1, 1, 4, 8), (24, 3, 4, 12), (40, 16, 2, 4), (64, 5, 8, 8), (7, 9, 4, 64)]))
+def test_tables_equal_a_plain_loop(data, shape):
+    assignments, experts, unit, largest = shape
+    used = data.draw(st.integers(1, experts))
+    ids = np.array(data.draw(st.lists(st.integers(0, used - 1), min_size=assignments, max_size=assignments)))
+    tiling = Tiling.fit(assignments, experts, unit, largest)
+    tables = make_tables(jnp.asarray(ids)[:, None], tiling)
+    order, row_of, by_class, padded = layout(ids, tiling)
+
+    np.testing.assert_array_equal(tables.order[:assignments], order)
+    np.testing.assert_array_equal(tables.row_of, row_of)
+    np.testing.assert_array_equal(tables.sizes, np.bincount(ids, minlength=experts))
+    assert int(tables.padded) == padded
+    for size_class in range(1, tiling.classes + 2):
+        span = slice(int(tables.bounds[size_class]), int(tables.bounds[size_class + 1]))
+        found = list(zip(*(np.asarray(a)[span].tolist() for a in (tables.expert, tables.first, tables.start, tables.filled)), strict=True))
+        assert len(set(found)) == len(found) and set(found) == by_class.get(size_class, set())
+
+
+def test_any_routing_fits_the_static_bound():
+    for unit, largest in [(1, 1), (4, 12), (64, 1024)]:
+        for assignments, experts in [(1, 1), (30, 7), (5, 64)]:
+            tiling = Tiling.fit(assignments, experts, unit, largest)
+            spread = [assignments - min(experts, assignments) + 1] + [1] * (min(experts, assignments) - 1)  # every group as bad as it can be
+            for loads in (spread, [assignments]):
+                rows = sum(-(-n // unit) * unit for n in loads)
+                assert rows <= tiling.rows and sum(-(-n // tiling.largest) for n in loads) <= tiling.tiles
+            assert tiling.largest <= tiling.rows or experts == 1
+
+
+def test_the_sort_of_pairs_equals_the_sort_of_keys():
+    """More than 2**31 keys do not fit one number; the other branch must not be wrong because no test is that large."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 5, 64), jnp.int32)
+    for one, other in zip(tiles._sort(ids, 5, limit=2**31), tiles._sort(ids, 5, limit=0), strict=True):
+        np.testing.assert_array_equal(one, other)
