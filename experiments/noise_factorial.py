@@ -3,6 +3,7 @@
 The small seed study, done again: Gaussian noise of standard deviation noise_std on the gate's logits while training, read by the
 selection, the combine weights and the balance loss. Presets:
 
+smoke      no download, made-up text, seconds: shows that everything works, and nothing about noise
 quick      the seed's shape, small: all 18 runs in minutes on two CPU cores; real text, own BPE, clean split
 small      the same, larger: an hour or so on two cores
 seed       as it was run: 79 M parameters, 400 micro-batches that make 100 updates, windows that leak into validation
@@ -80,6 +81,14 @@ _QUICK = RunConfig(
     loss_windows=256,
 )
 RUNS: Mapping[str, Callable[[], RunConfig]] = {
+    "smoke": lambda: RunConfig(
+        model=ModelConfig.preset("tiny", num_layers=1, d_model=16, d_expert=16),
+        data=DataConfig(source="synthetic", tokenizer="bytes", seq_len=16, batch_size=8, eval_windows=32),
+        optimizer=OptimizerConfig(warmup=2, total=20),
+        updates=20,
+        eval_batch=16,
+        checkpoint_every=5,
+    ),
     "quick": lambda: _QUICK,
     "small": lambda: RunConfig(
         model=ModelConfig.preset("small"),
@@ -112,6 +121,7 @@ RUNS: Mapping[str, Callable[[], RunConfig]] = {
     "followups": lambda: _QUICK,
 }
 COST: Mapping[str, str] = {
+    "smoke": "about 20 seconds on two CPU cores",
     "quick": "about 4 minutes on two CPU cores",
     "small": "about an hour on two CPU cores",
     "seed": "about 40 hours on two CPU cores; on one H100 the aim is two minutes",
@@ -225,6 +235,7 @@ def _usage_effects() -> list[Comparison]:
 
 
 NOTES: Mapping[str, tuple[str, ...]] = {
+    "smoke": ("Made-up text and a model of a few thousand parameters: the numbers mean nothing.",),
     "seed": (
         "As the seed study was run: '400 steps' are micro-batches, 4 to an update, so 100 updates; the learning rate ends at 0.907 of its peak. "
         "Text: Wikipedia leads in place of Cosmopedia, so absolute perplexities differ from the seed's.",

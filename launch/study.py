@@ -51,8 +51,9 @@ def _run(experiment, workdir: Path) -> int:
                 f"{experiment.name}: {len(waiting)} of {len(experiment.design.runs())} runs to do on {describe_devices()}; {experiment.cost}"
             )
             outcome = run_study(experiment, workdir, stop=lambda: bool(stop()), retry_failed=_RETRY.value)
-            programs = ", ".join(f"{count} for {name}" for name, count in sorted(outcome.compiled.items()))
-            print(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}")
+            words = {"train": "training", "evaluate": "evaluation", "init": "initialisation"}
+            programs = ", ".join(f"{outcome.compiled[name]} for {word}" for name, word in words.items())
+            print(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}\n")
         else:
             print(f"{experiment.name}: nothing to do, all {len(experiment.design.runs())} runs are in the ledger")
         paths = report.build(workdir)

@@ -1,14 +1,19 @@
-"""Eight CPU devices, no accelerator, and strict shapes: set before jax is imported anywhere."""
+"""Eight CPU devices and no accelerator, set before jax is imported anywhere, for the commands that tests start too.
+
+Tests compile far more than they run, so code is compiled unoptimised, and what one test (or an earlier session) compiled is read back by the next.
+"""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
 @pytest.fixture(scope="session", autouse=True)

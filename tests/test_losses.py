@@ -12,7 +12,9 @@ CHUNKS = [("none", 8), ("tokens", 8), ("tokens", 100), ("vocabulary", 8), ("voca
 HIDDEN = jax.random.normal(jax.random.key(0), (T, D))
 HEAD = jax.random.normal(jax.random.key(1), (V, D))
 BEST = np.argmax(np.asarray(HIDDEN) @ np.asarray(HEAD).T, axis=-1)
-TARGETS = jnp.asarray(np.where(np.arange(T) % 3 == 0, BEST, np.arange(T) * (V - 1) // (T - 1)))  # a third right; first and last word are there
+TARGETS = jnp.asarray(
+    np.where(np.arange(T) % 3 == 0, BEST, np.arange(T) * (V - 1) // (T - 1))
+)  # a third right; first and last word are there
 WEIGHTS = jax.random.uniform(jax.random.key(3), (T,)).at[jnp.array([0, 7, T - 1])].set(0.0)
 
 

@@ -78,7 +78,9 @@ def test_unknown_score():
         routing.combine(LOGITS, routing.select(LOGITS, K), "softmx")
 
 
-@pytest.mark.parametrize("score, renormalise, reaches", [("softmax", True, "chosen"), ("softmax", False, "all"), ("sigmoid", True, "chosen")])
+@pytest.mark.parametrize(
+    "score, renormalise, reaches", [("softmax", True, "chosen"), ("softmax", False, "all"), ("sigmoid", True, "chosen")]
+)
 def test_the_gradient_of_combine_reaches_the_logits_it_should(score, renormalise, reaches):
     ids = routing.select(LOGITS, K)
     direction = jax.random.normal(jax.random.key(4), ids.shape)
@@ -100,6 +102,7 @@ def test_the_gradient_of_combine_reaches_the_logits_it_should(score, renormalise
 def test_select_passes_no_gradient():
     bias = jnp.linspace(-0.1, 0.1, E)
     for arguments in ((), (bias,)):
+
         def value(logits, arguments=arguments):
             return (routing.select(logits, K, None, *arguments) * logits[:, :K]).sum()
 
@@ -135,7 +138,9 @@ def test_expert_load():
     assert routing.expert_load(ids, E).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("experts, dtype, sentinel", [(8, "uint8", 255), (255, "uint8", 255), (256, "uint16", 65535), (1000, "uint16", 65535)])
+@pytest.mark.parametrize(
+    "experts, dtype, sentinel", [(8, "uint8", 255), (255, "uint8", 255), (256, "uint16", 65535), (1000, "uint16", 65535)]
+)
 def test_trace_types_hold_every_id_and_one_more(experts, dtype, sentinel):
     assert routing.trace_dtype(experts) == jnp.dtype(dtype) and routing.unrecorded(routing.trace_dtype(experts)) == sentinel
     assert sentinel > experts - 1

@@ -75,7 +75,7 @@ class SiteNoise:
             for name in given:
                 if name not in known:
                     raise ConfigError(f"unknown name {name!r} in {field}{nearest(name, known)}; known: {', '.join(known)}")
-        if isinstance(self.scale, (int, float, np.number, np.ndarray, list, tuple)):  # an array of jax may be traced: it has no value here
+        if isinstance(self.scale, (int, float, np.number, np.ndarray)):  # an array of jax may be traced: it has no value here
             given = np.asarray(self.scale, np.float64)
             if not (np.isfinite(given) & (given >= 0)).all():
                 raise ConfigError(f"a noise scale must be finite and not negative, got {self.scale}")

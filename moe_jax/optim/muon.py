@@ -52,7 +52,7 @@ def orthogonalise(
     solve = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
     tall = x.shape[-2] > x.shape[-1]
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
-    x = lax.optimization_barrier((x.mT if tall else x).astype(jnp.float32))
+    x = lax.optimization_barrier((x.mT if tall else x).astype("float32" if gram else dtype))
     if batch is None:
         y = lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
     else:

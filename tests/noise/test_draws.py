@@ -40,7 +40,9 @@ def base():
 
 
 def close(value, expected, standard_error):
-    assert abs(value - expected) < 5 * standard_error, f"{value} is {abs(value - expected) / standard_error:.1f} standard errors from {expected}"
+    assert abs(value - expected) < 5 * standard_error, (
+        f"{value} is {abs(value - expected) / standard_error:.1f} standard errors from {expected}"
+    )
 
 
 # --- functions of coordinates -----------------------------------------------------------------------------------------------------

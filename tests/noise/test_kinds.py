@@ -61,7 +61,9 @@ def test_noise_is_not_differentiated():
 
     @jax.jit
     def gradients(y, scale):
-        return {kind: jax.grad(lambda y, s, kind=kind: (perturb(y, kind, s, KEY, ROWS) * direction).sum(), (0, 1))(y, scale) for kind in KINDS}
+        return {
+            kind: jax.grad(lambda y, s, kind=kind: (perturb(y, kind, s, KEY, ROWS) * direction).sum(), (0, 1))(y, scale) for kind in KINDS
+        }
 
     for kind, (in_value, in_scale) in gradients(Y, jnp.float32(0.3)).items():
         np.testing.assert_array_equal(in_value, direction, err_msg=kind)

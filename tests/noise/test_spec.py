@@ -80,7 +80,7 @@ def test_bad_text_is_one_clear_line(text):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("scale", [-1, np.float32(np.nan), np.array([0.1, -0.1]), [0.1, float("inf")]], ids=str)
+@pytest.mark.parametrize("scale", [-1, np.float32(np.nan), np.array([0.1, -0.1]), np.array([0.1, np.inf])], ids=str)
 def test_bad_scales(scale):
     with pytest.raises(ConfigError, match="a noise scale must be finite and not negative"):
         SiteNoise("additive", scale)

@@ -10,6 +10,8 @@ from optax.contrib import MuonDimensionNumbers
 from moe_jax.errors import ConfigError
 from moe_jax.optim import muon
 
+orthogonalise = jax.jit(muon.orthogonalise, static_argnames=("form", "dtype", "batch"))
+
 
 def reference(x, steps=5, coefficients=muon.COEFFICIENTS, eps=1e-7):
     """The quintic of one matrix in float64, as it is written: no transposes, no Gram form."""
@@ -53,7 +55,7 @@ TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standa
 @pytest.mark.parametrize("tall", [False, True])
 def test_against_float64(name, form, dtype, tall):
     x = SPECTRA[name].T if tall else SPECTRA[name]
-    got = np.asarray(muon.orthogonalise(jnp.asarray(x), form=form, dtype=dtype))
+    got = np.asarray(orthogonalise(x, form=form, dtype=dtype))
     want = reference(x)
     assert got.dtype == np.float32 and np.isfinite(got).all()
     assert np.linalg.norm(got, 2) < 1.3
@@ -70,7 +72,7 @@ def test_the_forms_are_different_programs():
 
 
 def test_singular_values_end_near_one():
-    got = np.linalg.svd(np.asarray(muon.orthogonalise(jnp.asarray(normal(0, 3, 16, 64)))), compute_uv=False)
+    got = np.linalg.svd(np.asarray(orthogonalise(normal(0, 3, 16, 64))), compute_uv=False)
     assert got.shape == (3, 16) and 0.6 < got.min() and got.max() < 1.3
 
 
@@ -80,7 +82,7 @@ def test_singular_values_end_near_one():
 def test_a_stack_is_its_matrices_one_by_one(form, dtype, batch, shape):
     x = normal(1, *shape)
     x[..., :, :] *= 10.0 ** normal(2, *shape[:-2])[..., None, None]  # every matrix its own scale: a norm over the stack would show
-    got = np.asarray(jax.jit(lambda x: muon.orthogonalise(x, form=form, dtype=dtype, batch=batch))(x)).reshape(-1, *shape[-2:])
+    got = np.asarray(orthogonalise(x, form=form, dtype=dtype, batch=batch)).reshape(-1, *shape[-2:])
     for matrix, one in zip(x.reshape(-1, *shape[-2:]), got, strict=True):
         np.testing.assert_allclose(one, reference(matrix), atol=TOLERANCES[form, dtype])
 
@@ -90,7 +92,7 @@ def test_bfloat16_between_transposes(shape):
     """XLA:CPU has no bfloat16 product with a transposed layout; it used to choose one when a transpose came before or after."""
     x = jnp.asarray(normal(4, *shape))
     got = jax.jit(lambda x: 2 * muon.orthogonalise(x.mT, form="standard", dtype="bfloat16", batch=None).mT)(x)
-    want = 2 * muon.orthogonalise(x, form="standard")
+    want = 2 * orthogonalise(x, form="standard")
     assert float(jnp.abs(got - want).max()) < TOLERANCES["standard", "bfloat16"] * float(jnp.abs(want).max())
 
 
@@ -123,9 +125,9 @@ def stack_gradients(count=4):
 
 
 def run(transform, gradients, params=None):
-    state, updates = transform.init(gradients[0]), []
+    state, updates, step = transform.init(gradients[0]), [], jax.jit(transform.update)
     for gradient in gradients:
-        update, state = transform.update(gradient, state, params)
+        update, state = step(gradient, state, params)
         updates.append(update)
     return updates
 
@@ -183,7 +185,7 @@ def test_a_skipped_experts_momentum_decays():
 
 def test_a_nan_stays_in_its_matrix():
     x = jnp.asarray(normal(0, 3, 8, 32)).at[1, 2, 3].set(jnp.nan)
-    got = muon.orthogonalise(x)
+    got = orthogonalise(x)
     assert bool(jnp.isfinite(got[0]).all()) and bool(jnp.isfinite(got[2]).all()) and bool(jnp.isnan(got[1]).all())
 
 

@@ -1,0 +1,166 @@
+"""Forward + backward of the MoE feed-forward layer: each dispatch implementation against the ideal, the active experts' matmuls alone.
+
+    python benchmarks/moe_ffn.py                 # dense and blocked on a CPU; dense and ragged on an accelerator
+    python benchmarks/moe_ffn.py --all           # ragged on a CPU too: minutes, and 12 GB of memory at 128 experts
+    python benchmarks/moe_ffn.py --skew 1.0 --reps 15 --only e8
+
+The ideal multiplies each expert's true number of rows: two products forward, two for the rows' gradients, two for the weights', nothing else. Rows are
+gathered and matrices split before the clock starts. It is given twice: `ideal` leaves the experts independent, so that XLA may run several small
+products at once; `ideal, in turn` starts an expert after the one before it, as a loop whose trip count is only known at run time must.
+Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+
+# On a CPU each call gets fresh buffers, and glibc gives large ones back to the system at once: the next call faults every page in again (26,000 faults a
+# call at 8 experts, a quarter of the time). One arena that keeps what it has, in huge pages, leaves none of them. Read at start-up, so the script starts
+# itself again with them; all rows run under the same ones.
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "arena_max=1", "mmap_max=0", "top_pad=268435456", "trim_threshold=17179869184")  # bytes: 256 MiB, 16 GiB
+)
+
+SHAPES = {"e8": dict(T=3072, D=384, F=1536, E=8, K=2), "e128": dict(T=3072, D=256, F=96, E=128, K=8)}
+
+
+def main():
+    args = _arguments()
+    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") != TUNABLES and not args.plain_malloc:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # runs from a checkout that is not installed
+    import jax
+    import jax.numpy as jnp
+
+    cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(args.dtype or ("float32" if cpu else "bfloat16"))
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES')}")
+    names = ["dense", "blocked"] if cpu else ["dense", "ragged"]
+    if args.all:
+        names = ["dense", "blocked", "ragged"]
+    for label in args.only or SHAPES:
+        _compare(label, names, args, dtype)
+    if cpu and not args.all:
+        print("ragged was not run: on a CPU it takes seconds a pass (--all runs it)")
+
+
+def _arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every implementation, however slow here")
+    parser.add_argument("--only", nargs="+", choices=sorted(SHAPES), help="these shapes")
+    parser.add_argument("--skew", type=float, default=0.5, help="standard deviation of each expert's offset of the router logits (default 0.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and the routing")
+    parser.add_argument("--reps", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the rows; weights are float32 (default: float32 on a CPU)")
+    parser.add_argument("--plain_malloc", action="store_true", help="leave the allocator as it is")
+    return parser.parse_args()
+
+
+def _compare(label: str, names: list[str], args, dtype):
+    """Prints one table."""
+    import jax
+
+    x, decision, matrices, dy = _problem(**SHAPES[label], skew=args.skew, seed=args.seed, dtype=dtype)
+    loads, experts_rows = _split(x, decision, matrices, dy)
+    calls = {
+        "ideal": (jax.jit(functools.partial(_matmuls, in_turn=False)), (experts_rows,)),
+        "ideal, in turn": (jax.jit(functools.partial(_matmuls, in_turn=True)), (experts_rows,)),
+        **{name: (_layer(name), (x, decision, matrices, dy)) for name in names},
+    }
+    compiled, memory, compile_s = {}, {}, {}
+    for name, (function, inputs) in calls.items():
+        begin = time.perf_counter()
+        compiled[name] = function.lower(*inputs).compile()
+        compile_s[name] = time.perf_counter() - begin
+        memory[name] = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
+        jax.block_until_ready(compiled[name](*inputs))
+    seconds = {name: [] for name in calls}
+    for _ in range(args.reps):
+        for name, (_, inputs) in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled[name](*inputs))
+            seconds[name].append(time.perf_counter() - begin)
+
+    sizes = " ".join(f"{letter}{size}" for letter, size in SHAPES[label].items())
+    print(f"\n{sizes}, load max/mean {max(loads) * len(loads) / sum(loads):.2f} (skew {args.skew}, seed {args.seed}), {args.reps} interleaved rounds")
+    print(f"{'':16s}{'median ms':>10s}{'min ms':>9s}{'of ideal':>10s}{'(by min)':>10s}{'in turn':>10s}{'(by min)':>10s}{'temp MB':>9s}{'compile s':>11s}")
+    for name, taken in seconds.items():
+        ratios = [f"{measure(seconds[ideal]) / measure(taken):10.2f}" for ideal in list(calls)[:2] for measure in (statistics.median, min)]
+        median, least = 1e3 * statistics.median(taken), 1e3 * min(taken)
+        print(f"{name:16s}{median:10.1f}{least:9.1f}{''.join(ratios)}{memory[name]:9.0f}{compile_s[name]:11.1f}", flush=True)
+
+
+def _problem(T, D, F, E, K, skew, seed, dtype):
+    """(x, decision, matrices, dy): normal numbers; logits N(0,1) + N(0,skew) per expert."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from moe_jax.routing import RoutingDecision, combine, select
+
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+    logits = normal(T, E) + normal(1, E, scale=skew)
+    ids = select(logits, K)
+    matrices = {"up": normal(E, D, F, scale=D**-0.5), "down": normal(E, F, D, scale=F**-0.5)}
+    return normal(T, D).astype(dtype), RoutingDecision(ids, combine(logits, ids)), matrices, normal(T, D).astype(dtype)
+
+
+def _split(x, decision, matrices, dy):
+    """(loads, [(x rows, dy rows, up, down) of each expert that has rows]): what the ideal gets for nothing."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    ids = np.asarray(decision.ids)
+    order, loads = np.argsort(ids.ravel(), kind="stable"), np.bincount(ids.ravel(), minlength=matrices["up"].shape[0])
+    token = np.split(order // ids.shape[1], np.cumsum(loads)[:-1])
+    cast = {name: a.astype(x.dtype) for name, a in matrices.items()}
+    parts = [(x[t], dy[t], cast["up"][e], cast["down"][e]) for e, t in enumerate(map(jnp.asarray, token)) if t.size]
+    return loads.tolist(), parts
+
+
+def _matmuls(parts, in_turn: bool):
+    """[(y, dx, d_up, d_down)] of every expert without activation, weights or sums."""
+    import jax
+    import jax.numpy as jnp
+
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    out, before = [], None
+    for x, dy, up, down in parts:
+        if in_turn and before is not None:
+            x, dy, _ = jax.lax.optimization_barrier((x, dy, before))
+        hidden = dot(x, up).astype(x.dtype)
+        d_hidden = dot(dy, down.T).astype(x.dtype)
+        out.append((dot(hidden, down), dot(d_hidden, up.T), dot(x.T, d_hidden), dot(hidden.T, dy)))
+        if in_turn:
+            out[-1] = jax.lax.optimization_barrier(out[-1])
+            before = [a[0, 0] for a in out[-1]]
+    return out
+
+
+def _layer(name: str):
+    """One pass forward and backward of the layer, gradients of rows, combine weights and matrices."""
+    import jax
+
+    from moe_jax.dispatch import dispatch
+    from moe_jax.experts import Experts
+    from moe_jax.routing import RoutingDecision
+
+    def run(x, decision, matrices, dy):
+        def forward(x, weights, matrices):
+            return dispatch(x, RoutingDecision(decision.ids, weights), Experts(matrices), name, force=True)[0]
+
+        y, pull = jax.vjp(forward, x, decision.weights, matrices)
+        return y, pull(dy)
+
+    return jax.jit(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The command: killed anywhere it ends in the same numbers; a second launch is refused; bad input is one line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_jax.studies import Ledger
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, as a user has
+
+
+def command(*arguments):
+    return [sys.executable, "-m", *arguments]
+
+
+def finish(*arguments, timeout=240):
+    return subprocess.run(command(*arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def numbers(workdir):
+    return {run.key: (run.metrics, run.series, run.arrays) for run in Ledger.read(workdir).runs()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return workdir, finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}")
+
+
+def test_it_prints_what_it_found(unbroken):
+    workdir, done = unbroken
+    assert done.returncode == 0, done.stderr
+    assert "18 runs finished, 0 failed" in done.stdout
+    assert "1 for training, 1 for evaluation, 1 for initialisation" in done.stdout
+    assert "report.html" in done.stdout and (workdir / "report.html").stat().st_size > 50_000
+    assert len(numbers(workdir)) == 18
+    again = finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    report = finish("launch.report", f"--workdir={workdir}")
+    assert report.returncode == 0 and "Contrasts, paired by seed" in report.stdout
+
+
+def kill_and_finish(workdir, after: float) -> int:
+    """Starts the study, kills it without warning `after` seconds past its first checkpoint, finishes it; returns how many rows it had then."""
+    process = subprocess.Popen(
+        command("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not list(workdir.glob("cells/*/checkpoints/[0-9]*")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.02)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = len(numbers(workdir))
+    assert finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}").returncode == 0
+    return rows
+
+
+def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path):
+    rows = kill_and_finish(tmp_path, after=0.3)
+    assert rows < 18
+    assert numbers(tmp_path) == numbers(unbroken[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(20))
+def test_killed_at_random_moments(unbroken, tmp_path, case):
+    """The same, many times; the moment is drawn per case."""
+    kill_and_finish(tmp_path, after=random.Random(case).uniform(0.0, 4.0))
+    assert numbers(tmp_path) == numbers(unbroken[0])
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--experiment=noise_factorial:quick"], 2, "--workdir is needed"),
+        (["--experiment=noise_factorial:quik", "--dry_run"], 2, "did you mean 'quick'"),
+        (["--experimnt=noise_factorial:quick"], 2, "experiment"),
+        (["--experiment=noise_factorial:smoke", "--workdir=/dev/null/x"], 2, "cannot use"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, message):
+    done = finish("launch.study", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_another_studys_folder_is_refused(unbroken):
+    workdir, _ = unbroken
+    done = finish("launch.study", "--experiment=noise_factorial:quick", f"--workdir={workdir}")
+    assert done.returncode == 2 and "noise_factorial:smoke" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_or_corrupt_corpus_is_one_line(tmp_path):
+    """Code 3, what is wrong, and the command that mends it."""
+    cache = {**ENVIRONMENT, "MOE_JAX_CACHE": str(tmp_path / "cache")}
+    arguments = command("launch.train", "--preset=quick", "--data=wiki", "--steps=1", f"--workdir={tmp_path / 'run'}")
+    done = subprocess.run(arguments, cwd=ROOT, env=cache, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 3 and "launch.data --fetch=wiki" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_train_command_runs_and_resumes(tmp_path):
+    arguments = ("launch.train", "--preset=tiny", "--data=synthetic", "--steps=4", f"--workdir={tmp_path}", "--set", "model.num_layers=1")
+    done = finish(*arguments)
+    assert done.returncode == 0 and "val_perplexity" in done.stdout, done.stderr
+    again = finish(*arguments)
+    assert again.stdout == done.stdout
+    other = finish(*arguments, "--set", "balance_weight=0.5")
+    assert other.returncode == 2 and "balance_weight: was 0.01, now 0.5" in other.stderr

@@ -1,0 +1,77 @@
+"""Attention's two paths (fused without dropout, by hand with it) against NumPy: grouped heads, causality, the window, dropout by coordinates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.keys import Draw
+from moe_jax.model import attention
+from moe_jax.model.attention import attend, causal_mask
+from moe_jax.model.layers import Scope
+from moe_jax.noise import draws
+
+B, S, H, N = 3, 7, 4, 6
+RANDOM = np.random.default_rng(1)
+ALMOST_NONE = 1e-9  # a rate that takes the path with dropout and drops nothing
+
+
+def inputs(groups):
+    return [jnp.asarray(RANDOM.normal(size=(B, S, heads, N)), "float32") for heads in (H, groups, groups)]
+
+
+def scope_of(dropout, offset=0):
+    return Scope(Draw(3, 1, "train").key(), jnp.int32(2), (offset + jnp.arange(B * S)).reshape(B, S), {}, (), dropout)
+
+
+def reference(q, k, v, window, kept=1.0):
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    k, v = (np.repeat(a, H // a.shape[2], axis=2) for a in (k, v))  # query head h reads group h // (H / G)
+    scores = np.einsum("bqhn,bkhn->bhqk", q, k) / N**0.5
+    for i in range(S):
+        for j in range(S):
+            if j > i or (window is not None and j <= i - window):
+                scores[:, :, i, j] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True) * kept
+    return np.einsum("bhqk,bkhn->bqhn", weights, v)
+
+
+def test_mask_by_hand():
+    np.testing.assert_array_equal(causal_mask(3, None), [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(causal_mask(4, 2), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(causal_mask(3, 1), np.eye(3))
+
+
+@pytest.mark.parametrize("window", [None, 3, 1])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_both_paths_against_numpy(groups, window):
+    q, k, v = inputs(groups)
+    expected = reference(q, k, v, window)
+    for dropout in (0.0, ALMOST_NONE):
+        found = jax.jit(lambda q, k, v, d=dropout: attend(q, k, v, window, scope_of(d)))(q, k, v)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_multiplies_the_weights_by_a_mask_of_token_head_and_key():
+    q, k, v = inputs(2)
+    scope = scope_of(0.4, offset=100)
+    rows = np.asarray(scope.tokens)[:, None, :] * H + np.arange(H)[:, None]  # [B,H,S]
+    key = scope.stream("dropout_attention")
+    kept = np.asarray(draws.dropout_mask(key, jnp.asarray(rows.reshape(-1)), S, 0.4), np.float64).reshape(B, H, S, S)
+    assert (kept == 0).any()
+    found = jax.jit(attend, static_argnums=3)(q, k, v, None, scope)
+    np.testing.assert_allclose(found, reference(q, k, v, None, kept), rtol=1e-4, atol=1e-5)
+
+
+def test_how_many_examples_go_together_changes_nothing(monkeypatch):
+    q, k, v = inputs(2)
+    results, texts, scope = [], [], scope_of(0.4)
+    for limit in (1 << 21, 2 * H * S * S, 1):  # all three, two and one, one at a time
+        monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", limit)
+        traced = jax.jit(lambda *inputs, limit=limit: attend(*inputs, 3, scope)).trace(q, k, v)
+        texts.append(str(traced.jaxpr))
+        results.append(traced.lower().compile()(q, k, v))
+    assert len(set(texts)) == 3
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=1e-6, atol=1e-6)

@@ -1,0 +1,175 @@
+"""The layer where routing, noise and dispatch meet: who reads the noisy logits, what comes back, and noise that is off leaving no trace."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import routing
+from moe_jax.keys import Draw
+from moe_jax.losses import balance_loss, z_loss
+from moe_jax.model import ModelConfig
+from moe_jax.model.bind import bind
+from moe_jax.model.layers import Scope
+from moe_jax.model.moe import MoE
+from moe_jax.noise import NoiseSpec, SiteNoise, perturb
+
+B, S, D, E, K = 3, 8, 32, 4, 2
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, S, D)), "float32")
+TOKENS = 50 + jnp.arange(B * S).reshape(B, S)
+LAYER = 1
+
+
+def layer_of(**changes):
+    """(params, jitted call) of one MoE layer."""
+    specs, call = bind(MoE(ModelConfig.preset("tiny", **changes)))
+    random = np.random.default_rng(1)
+    return {name: jnp.asarray(0.3 * random.normal(size=spec.shape), spec.dtype) for name, spec in specs.items()}, jax.jit(call)
+
+
+def scope_of(spec=None) -> Scope:
+    draw = Draw(seed=5, step=2, phase="train")
+    noise = spec.resolve(2).in_phase("train") if spec else None
+    scales = {site: scale[LAYER] for site, scale in noise.scales.items()} if noise else {}
+    return Scope(draw.key(), LAYER, TOKENS, scales, noise.structure if noise else ())
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return layer_of()
+
+
+@pytest.fixture(scope="module")
+def clean(layer):
+    params, call = layer
+    return call(params, X, scope_of())
+
+
+def test_what_the_router_did(layer, clean):
+    params, _ = layer
+    y, router = clean
+    logits = routing.router_logits(X.reshape(-1, D), params["router"])
+    ids = routing.select(logits, K)
+    np.testing.assert_array_equal(router["ids"].reshape(-1, K), ids)
+    assert router["ids"].dtype == jnp.uint8 and router["ids"].shape == (B, S, K) and y.shape == X.shape
+    np.testing.assert_allclose(router["logits"].reshape(-1, E), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(router["weights"].reshape(-1, K), routing.combine(logits, ids), rtol=1e-5)
+    np.testing.assert_array_equal(router["load"], np.bincount(np.asarray(ids).reshape(-1), minlength=E))
+    np.testing.assert_allclose(router["balance_loss"], balance_loss(logits, ids), rtol=1e-5)
+    np.testing.assert_allclose(router["z_loss"], z_loss(logits), rtol=1e-5)
+    assert router["dropped"] == 0 and router["router/entropy"][1] == B * S
+
+
+REACHES = [("selection",), ("weights",), ("balance",), ("selection", "weights", "balance")]
+
+
+@pytest.mark.parametrize("reach", REACHES, ids="+".join)
+def test_each_reader_of_the_logits_has_its_switch(layer, clean, reach):
+    """Selection alone changes ids and weighs them by clean logits; weights alone leaves the ids; balance alone leaves the output."""
+    params, call = layer
+    scope = scope_of(NoiseSpec({"router_logits": SiteNoise("additive", 1.0, reach=reach)}))
+    y, router = call(params, X, scope)
+    quiet = clean[1]["logits"].reshape(-1, E)
+    noisy = perturb(quiet, "additive", jnp.float32(1.0), scope.stream("router_logits"), TOKENS.reshape(-1))
+    seen = {reader: noisy if reader in reach else quiet for reader in ("selection", "weights", "balance")}
+    ids = routing.select(seen["selection"], K)
+
+    changed = (np.asarray(ids) != np.asarray(clean[1]["ids"]).reshape(-1, K)).mean()
+    assert changed > 0.1 if "selection" in reach else changed == 0
+    np.testing.assert_array_equal(router["ids"].reshape(-1, K), ids)
+    np.testing.assert_allclose(router["weights"].reshape(-1, K), routing.combine(seen["weights"], ids), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(router["logits"].reshape(-1, E), seen["selection"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(router["balance_loss"], balance_loss(seen["balance"], ids), rtol=1e-5)
+    np.testing.assert_allclose(router["z_loss"], z_loss(seen["balance"]), rtol=1e-5)
+    if reach == ("balance",):
+        np.testing.assert_array_equal(y, clean[0])
+        np.testing.assert_array_equal(router["weights"], clean[1]["weights"])
+        assert router["balance_loss"] != clean[1]["balance_loss"]
+
+
+def test_noise_on_the_routers_input_leaves_the_experts_input_clean(layer, clean):
+    params, call = layer
+    scope = scope_of(NoiseSpec({"router_input": SiteNoise("relative", 0.5)}))
+    y, router = call(params, X, scope)
+    flat = X.reshape(-1, D)
+    read = perturb(flat, "relative", jnp.float32(0.5), scope.stream("router_input"), TOKENS.reshape(-1))
+    np.testing.assert_allclose(router["logits"].reshape(-1, E), routing.router_logits(read, params["router"]), rtol=1e-5, atol=1e-5)
+    assert (router["ids"] != clean[1]["ids"]).any()
+    # the output is the clean experts' on the noisy decision
+    silu = lambda z: z / (1 + np.exp(-z))  # noqa: E731
+    up, gate, down, x = (np.asarray(a, np.float64) for a in (params["up"], params["gate"], params["down"], flat))
+    ids, weights = np.asarray(router["ids"]).reshape(-1, K), np.asarray(router["weights"]).reshape(-1, K)
+    expected = [
+        sum(w * ((silu(row @ gate[e]) * (row @ up[e])) @ down[e]) for e, w in zip(i, v, strict=True))
+        for row, i, v in zip(x, ids, weights, strict=True)
+    ]
+    np.testing.assert_allclose(y.reshape(-1, D), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sigmoid_scores_and_a_selection_bias():
+    params, call = layer_of(router_score="sigmoid", selection_bias=True, renormalise=False)
+    params["selection_bias"] = jnp.array([0.0, 0.5, 0.0, -0.5])
+    _, router = call(params, X, scope_of())
+    logits = router["logits"].reshape(-1, E)
+    ids = routing.select(logits, K, bias=params["selection_bias"])
+    assert (ids != routing.select(logits, K)).any()
+    np.testing.assert_array_equal(router["ids"].reshape(-1, K), ids)
+    np.testing.assert_allclose(
+        router["weights"].reshape(-1, K), np.take_along_axis(1 / (1 + np.exp(-np.asarray(logits))), np.asarray(ids), 1), rtol=1e-5
+    )
+    np.testing.assert_allclose(router["balance_loss"], balance_loss(logits, ids, "sigmoid"), rtol=1e-5)
+
+
+def test_router_logits_are_float32_whatever_the_activations_are(layer):
+    """From bfloat16 activations the logits are exact to float32 rounding; a product in bfloat16 is 100 times farther off."""
+    params, call = layer
+    narrow = X.astype("bfloat16")
+    y, router = call(params, narrow, scope_of())
+    exact = np.asarray(narrow, np.float64).reshape(-1, D) @ np.asarray(params["router"], np.float64)
+    assert y.dtype == jnp.bfloat16 and router["logits"].dtype == router["weights"].dtype == jnp.float32
+    assert abs(np.asarray(router["logits"]).reshape(-1, E) - exact).max() < 1e-5
+    rounded = (narrow.reshape(-1, D) @ params["router"].astype("bfloat16")).astype("float32")
+    assert abs(np.asarray(rounded) - exact).max() > 1e-3
+
+
+# --- the whole model, off and on --------------------------------------------------------------------------------------------------
+
+
+def lowered(program, params, tokens, noise, draw) -> str:
+    return program(False).lower(params, tokens, noise, draw).as_text()
+
+
+def test_noise_that_is_off_is_not_in_the_program(program, params, tokens, noise, draw):
+    """Forward and gradients: no spec, an empty one, and one whose phases are others give the same text; noise that acts gives another."""
+    off = lowered(program, params, tokens, None, draw)
+    assert lowered(program, params, tokens, NoiseSpec({}), draw) == off
+    elsewhere = NoiseSpec.parse("router_logits=additive:0.3:phases=eval+rollout,router_input=relative:0.2:phases=old_logprob")
+    assert lowered(program, params, tokens, elsewhere, draw) == off
+    assert lowered(program, params, tokens, elsewhere.resolve(2), draw) == off
+    on = lowered(program, params, tokens, noise, draw)
+    assert on != off and "erf_inv" in on and "erf_inv" not in off
+
+
+def test_scale_zero_is_clean_to_the_bit(program, params, tokens, noise, draw):
+    """Loss, every output and every gradient; and noise does change them."""
+    clean = program(False)(params, tokens, None, draw)
+    silent = program(False)(params, tokens, jax.tree.map(lambda scale: 0.0, noise), draw)
+    chex.assert_trees_all_equal(silent, clean)
+    loud = program(False)(params, tokens, noise, draw)
+    assert loud[0][0] != clean[0][0] and (loud[0][1].trace.ids != clean[0][1].trace.ids).any()
+
+
+def test_twelve_scales_are_one_program(make_model, params, tokens, draw):
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def loss(params, noise, draw):
+        return make_model().loss(params, tokens, tokens, noise=noise, draw=draw)[0]
+
+    values = [
+        float(loss(params, NoiseSpec.parse(f"router_logits=additive:{scale}"), Draw(seed, seed + 1, "train")))
+        for seed, scale in enumerate(np.linspace(0.1, 3, 12))
+    ]
+    assert len(set(values)) == 12
+    with pytest.raises(AssertionError, match="is traced > 1 times"):
+        loss(params, NoiseSpec.parse("router_logits=relative:0.1"), draw)
