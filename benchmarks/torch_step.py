@@ -31,13 +31,15 @@ PARAMETERS = 79_059_840  # what the original run printed
 INIT_STD, BALANCE_WEIGHT = 0.02, 0.01
 MUON_LR, ADAMW_LR = 0.01, 0.001
 HEAD_CHUNK = 512  # tokens; of the float32 head on a CPU
+BFLOAT16_UNIT = 32  # rows per expert are a multiple, on a CPU: torch compiles a bfloat16 kernel (2-7 ms) for every new row count
 
 
 def dropout(x, p):
-    """F.dropout; on a CPU with a mask from torch.rand, which costs half as much as F.dropout's Bernoulli draws."""
+    """F.dropout; on a CPU from 16 random bits per element, in 2/5 of the time that F.dropout's Bernoulli draws take."""
     if p == 0 or x.is_cuda or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    return x * ((torch.rand(x.shape) >= p) * (1 / (1 - p))).to(x.dtype)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    return x * (bits.view(x.shape) >= round(p * 2**16) - 2**15).to(x.dtype).mul_(1 / (1 - p))
 
 
 # --- experts: both implementations take rows that are sorted by expert ------------------------------------------------------
@@ -64,10 +66,13 @@ EXPERTS = {"loop": experts_loop, "grouped_mm": experts_grouped_mm}
 def moe_ffn(x, ids, weights, up, down, experts, p=0.0):
     """x [T,D], ids and weights [T,K] -> [T,D]: gather by expert, the two matmuls, the weighted sum of the K results."""
     flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    token = order // ids.shape[1]
-    y = EXPERTS[experts](x.index_select(0, token), torch.bincount(flat, minlength=up.shape[0]), up, down, p)
-    y = y * weights.flatten()[order].to(y.dtype)[:, None]
+    order, sizes = flat.argsort(stable=True), torch.bincount(flat, minlength=up.shape[0])
+    unit = BFLOAT16_UNIT if x.dtype == torch.bfloat16 and not x.is_cuda else 1
+    padded = (sizes + unit - 1) // unit * unit
+    row = torch.arange(len(flat), device=x.device) + ((padded - sizes).cumsum(0) - (padded - sizes))[flat[order]]
+    token = row.new_zeros(int(padded.sum())).index_copy(0, row, order // ids.shape[1])
+    weight = x.new_zeros(len(token)).index_copy(0, row, weights.flatten()[order].to(x.dtype))  # 0 at padding
+    y = EXPERTS[experts](x.index_select(0, token), padded, up, down, p) * weight[:, None]
     return torch.zeros_like(x).index_add(0, token, y)
 
 

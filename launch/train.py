@@ -47,7 +47,9 @@ def make_config():
 
     model = ModelConfig.preset(_PRESET.value)
     known = {260: "bytes", 49_152: "smollm2"}
-    data = DataConfig(source=_DATA.value, tokenizer=known.get(model.vocab_size, f"bpe:{model.vocab_size}"), seq_len=min(128, model.max_seq_len))
+    data = DataConfig(
+        source=_DATA.value, tokenizer=known.get(model.vocab_size, f"bpe:{model.vocab_size}"), seq_len=min(128, model.max_seq_len)
+    )
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
     config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))

@@ -19,7 +19,7 @@ _WHERE = {
 }
 _MODULES = ("dispatch", "experts", "keys", "losses", "mesh", "model", "noise", "optim", "routing", "routing_stats", "studies", "train")
 
-__all__ = [*_WHERE, *_MODULES]
+__all__ = [*_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
 

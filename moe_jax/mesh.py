@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -33,7 +34,7 @@ class MeshSpec:
     expert: int = 1
     tensor: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The Mesh over `devices` (default: all); raises when the sizes do not multiply to their number."""
         devices = list(jax.devices() if devices is None else devices)
         sizes = dataclasses.astuple(self)

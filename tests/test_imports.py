@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_jax"
 EDGE_MODULES = ("os", "pathlib", "time", "absl.flags")
-PURE_REPORT = [f"studies/{name}.py" for name in ("design", "ledger", "stats", "report", "analysis", "tables", "figures", "findings", "document")]
+PURE_REPORT = [
+    f"studies/{name}.py" for name in ("design", "ledger", "stats", "report", "analysis", "tables", "figures", "findings", "document")
+]
 
 # (files, what they never import)
 RULES = [

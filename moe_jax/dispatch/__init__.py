@@ -61,8 +61,12 @@ def _check_shapes(x, decision: RoutingDecision, experts: Experts, tokens):
         raise ValueError(f"dispatch needs x of shape [T, D], got {x.shape}; flatten batch and sequence first")
     count, width = x.shape
     if decision.ids.ndim != 2 or decision.ids.shape[0] != count or decision.weights.shape != decision.ids.shape:
-        raise ValueError(f"{count} tokens need ids and weights of shape [{count}, K], got {decision.ids.shape} and {decision.weights.shape}")
+        raise ValueError(
+            f"{count} tokens need ids and weights of shape [{count}, K], got {decision.ids.shape} and {decision.weights.shape}"
+        )
     if experts.weights["up"].shape[1] != width:
-        raise ValueError(f"x has width {width}, the experts' up matrices {experts.weights['up'].shape} need width {experts.weights['up'].shape[1]}")
+        raise ValueError(
+            f"x has width {width}, the experts' up matrices {experts.weights['up'].shape} need width {experts.weights['up'].shape[1]}"
+        )
     if tokens is not None and tokens.shape != (count,):
         raise ValueError(f"{count} tokens need token numbers of shape ({count},), got {tokens.shape}")

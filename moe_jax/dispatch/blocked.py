@@ -20,9 +20,9 @@ from moe_jax.experts import Experts, plain_product
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int = 64, largest: int = 1024, group: int = 1):
+def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int = 64, largest: int = 1024):
     """See `dispatch`. unit, largest: the step between tile sizes and the largest of them, in rows."""
-    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest, group)
+    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest)
     tables = make_tables(decision.ids, tiling)
     numbers = row_numbers(tokens, decision).reshape(-1)
     y = _weighted_sum(tiling, x, decision.weights, experts, tables, numbers)
@@ -118,10 +118,8 @@ def _each_tile(tiling: Tiling, tables: Tables, numbers, one_tile, carry):
     for size_class in range(1, tiling.classes + 2):
         size, sets = min(size_class, tiling.classes) * tiling.unit, size_class <= tiling.classes
 
-        def step(group, carry, size=size, sets=sets):
-            for tile in range(tiling.group):
-                carry = one_tile(_Rows.of(tables, numbers, size, sets, group * tiling.group + tile), carry)
-            return carry
+        def step(tile, carry, size=size, sets=sets):
+            return one_tile(_Rows.of(tables, numbers, size, sets, tile), carry)
 
         carry = lax.fori_loop(tables.bounds[size_class], tables.bounds[size_class + 1], step, carry)
     return carry

@@ -21,7 +21,7 @@ def dispatch_dense(x, decision: RoutingDecision, experts: Experts, tokens=None):
             chosen = decision.ids[:, slot] == expert
             return jnp.where(chosen[:, None], decision.weights[:, slot, None] * out, 0.0)
 
-        return sum(one_slot(slot) for slot in range(decision.ids.shape[1]))
+        return jnp.stack([one_slot(slot) for slot in range(decision.ids.shape[1])]).sum(0)
 
     outputs = jax.vmap(one_expert)(experts.weights, jnp.arange(experts.count))
     zero = jnp.zeros((), jnp.int32)

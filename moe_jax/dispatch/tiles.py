@@ -1,9 +1,8 @@
-"""Where sorted assignments go: each expert's rows are cut into tiles of a few static sizes, and tiles of like size are computed side by side.
+"""Where sorted assignments go: each expert's rows are padded to a unit and cut into tiles of a few static sizes.
 
-R = T*K assignments, E experts, N tiles, C size classes, G tiles in a group. Class c holds tiles of c*unit rows. Every expert that has rows gets one tile
-of its remainder's class, 1 to C, and as many tiles of the largest size as it needs besides: class C+1. So an expert is mostly one matmul of nearly its
-true size, and its tile in classes 1 to C can set what the others add to. Tiles are ordered by class and computed in groups of G, all of the size of the
-group's largest: G small products are independent, so that the compiler can run them at once. All sizes are static and hold any routing: nothing drops.
+R = T*K assignments, E experts, N tiles, C size classes. Class c holds tiles of c*unit rows. Every expert that has rows gets one tile of its remainder's class,
+1 to C, and before it as many tiles of the largest size as it needs: class C+1. So an expert is mostly one matmul of nearly its true size, and its tile in
+classes 1 to C is the one that can set what the others add to. All sizes are static and hold any routing: nothing drops.
 """
 
 import dataclasses
@@ -16,37 +15,30 @@ from jaxtyping import Array, Int
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static half of a layout: `unit` rows is the step between size classes, `classes` how many there are, `group` tiles go side by side."""
+    """The static half of a layout: `unit` rows is the step between size classes, `classes` how many there are."""
 
     assignments: int  # R
     experts: int  # E
     unit: int
     classes: int
-    group: int
 
     @classmethod
-    def fit(cls, assignments: int, experts: int, unit: int, largest: int, group: int = 1) -> "Tiling":
+    def fit(cls, assignments: int, experts: int, unit: int = 64, largest: int = 1024) -> "Tiling":
         """A tiling whose largest tile is at most `largest` rows, rounded up to the unit, and no larger than all the work."""
-        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), group)
+        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)))
 
     @property
     def largest(self) -> int:
         return self.classes * self.unit
 
     @property
-    def _used(self) -> int:
-        return min(self.experts, self.assignments)  # experts that can have rows
-
-    @property
     def rows(self) -> int:
-        """Rows that any routing fits into: R, at most unit - 1 more for each expert with any, and what groups of unequal tiles add: each group's
-        smaller tiles grow to its largest, and as classes only ascend that is at most G - 1 times the way from nothing to the largest."""
-        return -(-(self.assignments + self._used * (self.unit - 1)) // self.unit) * self.unit + (self.group - 1) * self.largest
+        """Rows that any routing fits into: R, and at most unit - 1 more for each expert that has any."""
+        return -(-(self.assignments + min(self.experts, self.assignments) * (self.unit - 1)) // self.unit) * self.unit
 
     @property
     def tiles(self) -> int:
-        """Tiles of any routing, in whole groups."""
-        return -(-(self.rows // self.largest + self._used) // self.group) * self.group
+        return self.rows // self.largest + min(self.experts, self.assignments)
 
 
 @functools.partial(
@@ -61,60 +53,46 @@ class Tables:
     order: Int[Array, "R_pad"]  # flat assignments (token*K + slot, local) sorted by expert; then zeros, so that any tile may slice it
     row_of: Int[Array, "R"]  # the row that computes each flat assignment
     sizes: Int[Array, "E"]  # assignments of each expert
-    expert: Int[Array, "N"]  # the four below: per tile, in ascending class
+    expert: Int[Array, "N"]  # the four below: per tile, tiles in ascending size
     first: Int[Array, "N"]  # its first position in `order`
     start: Int[Array, "N"]  # its first row
     filled: Int[Array, "N"]  # how many of its rows are assignments; the rest is padding
-    bounds: Int[Array, "C+3"]  # class c is groups bounds[c] to bounds[c+1]; class 0 is the unused ones
-    padded: Int[Array, ""]  # rows computed beyond the assignments
+    bounds: Int[Array, "C+3"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
+    padded: Int[Array, ""]  # rows beyond the assignments
 
 
 def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
     """The layout of one routing decision: one sort, one scatter of R scalars, and arithmetic on E and N numbers."""
-    flat = ids.reshape(-1).astype(jnp.int32)
+    flat, unit, largest = ids.reshape(-1).astype(jnp.int32), tiling.unit, tiling.largest
     order, begins = _sort(flat, tiling.experts)
     sizes = jnp.diff(begins)
-    by_expert, expert, offset, size_class = _cut(sizes, tiling)
+    units = -(-sizes // unit)
+    ends = jnp.cumsum(units) * unit
+    starts = ends - units * unit
 
-    by_size = jnp.argsort(size_class, stable=True)
-    group_class = size_class[by_size][tiling.group - 1 :: tiling.group]
-    rows = jnp.minimum(group_class, tiling.classes) * tiling.unit  # of every tile of a group
-    ends = jnp.cumsum(rows) * tiling.group
-    start = (jnp.repeat(ends - rows * tiling.group, tiling.group) + jnp.tile(jnp.arange(tiling.group), rows.size) * jnp.repeat(rows, tiling.group)).astype(
-        jnp.int32
-    )
-    # An unused tile that shares the first group with used ones does the work of the group's last tile over again: the same rows, the same results.
-    unused = (size_class[by_size] == 0) & (jnp.repeat(group_class, tiling.group) > 0)
-    last = jnp.arange(tiling.tiles) // tiling.group * tiling.group + tiling.group - 1
-    place = jnp.where(unused, last, jnp.arange(tiling.tiles))
-    source = by_size[place]
+    position = jnp.arange(tiling.assignments, dtype=jnp.int32)
+    row = position + (starts - begins[:-1])[flat[order]]
+    row_of = jnp.zeros_like(flat).at[order].set(row, unique_indices=True, mode="promise_in_bounds")
 
-    tile_of = jnp.zeros(tiling.tiles, jnp.int32).at[by_size].set(start, unique_indices=True)  # first row by tile in expert order
-    within = jnp.arange(tiling.assignments, dtype=jnp.int32) - begins[flat[order]]
-    row = tile_of[by_expert[flat[order]] + within // tiling.largest] + within % tiling.largest
-    return Tables(
-        order=jnp.concatenate([order, jnp.zeros(tiling.largest, jnp.int32)]),
-        row_of=jnp.zeros_like(flat).at[order].set(row, unique_indices=True, mode="promise_in_bounds"),
-        sizes=sizes,
-        expert=expert[source],
-        first=(begins[expert] + offset)[source],
-        start=start[place],
-        filled=jnp.clip(sizes[expert] - offset, 0, tiling.largest)[source],
-        bounds=jnp.searchsorted(group_class, jnp.arange(tiling.classes + 3)).astype(jnp.int32),
-        padded=(ends[-1] - tiling.assignments).astype(jnp.int32),
-    )
-
-
-def _cut(sizes: Int[Array, "E"], tiling: Tiling):
-    """Tiles in expert order: (each expert's first tile [E], and per tile [N] its expert, its offset in the expert's rows, its class)."""
-    counts = -(-sizes // tiling.largest)
-    ends = jnp.cumsum(counts)
+    counts = -(-units // tiling.classes)
+    last = jnp.cumsum(counts)
     tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), tiling.experts - 1).astype(jnp.int32)
-    by_expert = (ends - counts).astype(jnp.int32)
-    offset = (tile - by_expert[expert]) * tiling.largest
-    units = -(-(sizes[expert] - offset) // tiling.unit)
-    return by_expert, expert, offset, jnp.where(tile < ends[-1], jnp.minimum(units, tiling.classes + 1), 0)
+    expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), tiling.experts - 1).astype(jnp.int32)
+    offset = (tile - (last - counts)[expert]) * largest
+    left = units[expert] - offset // unit
+    size_class = jnp.where(tile < last[-1], jnp.minimum(left, tiling.classes + 1), 0)
+    by_size = jnp.argsort(size_class, stable=True)
+    return Tables(
+        order=jnp.concatenate([order, jnp.zeros(largest, jnp.int32)]),
+        row_of=row_of,
+        sizes=sizes,
+        expert=expert[by_size],
+        first=(begins[expert] + offset)[by_size],
+        start=(starts[expert] + offset)[by_size],
+        filled=jnp.clip(sizes[expert] - offset, 0, largest)[by_size],
+        bounds=jnp.searchsorted(size_class[by_size], jnp.arange(tiling.classes + 3)).astype(jnp.int32),
+        padded=ends[-1] - tiling.assignments,
+    )
 
 
 def _sort(flat: Int[Array, "R"], experts: int, limit: int = 2**31) -> tuple[Int[Array, "R"], Int[Array, "E+1"]]:

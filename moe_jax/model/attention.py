@@ -1,52 +1,28 @@
 """Causal self-attention with rotary positions, grouped key-value heads, optional q/k norms, biases and a sliding window.
 
-B batch, S sequence (Q queries, K keys), D model width, H heads, G key-value heads, N head width.
+B batch, S sequence, D model width, H heads, G key-value heads, N head width.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from moe_jax.model import blockwise
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import RMSNorm, Scope, bias, linear, rotate, weight
-from moe_jax.noise import draws
-
-WEIGHTS_AT_ONCE = 1 << 21  # elements of attention weights computed together, 8 MB in float32
-
-
-def causal_mask(size: int, window: int | None) -> Bool[Array, "Q K"]:
-    """True where query q may see key k: k <= q, and k > q - window."""
-    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
 
 def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Array, "B S G N"], window: int | None, scope: Scope):
-    """softmax(q k / sqrt(N)) v over the visible keys, softmax in float32, with dropout on the weights; returns [B, S, H, N].
+    """softmax(q k / sqrt(N)) v over the keys k <= q, k > q - window, softmax in float32, with dropout on the weights; returns [B, S, H, N].
 
-    With dropout there is no fused kernel: so many examples at a time that their [H, S, S] weights stay near a CPU's cache.
+    Without dropout an accelerator has a fused kernel; otherwise the blocks of `blockwise`.
     """
-    if not scope.dropout:
+    if not scope.dropout and jax.default_backend() != "cpu":
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
-    heads, groups = q.shape[2], k.shape[2]
-    mask = causal_mask(q.shape[1], window)
-    key = scope.stream("dropout_attention")
-
-    def one_example(example):
-        q, k, v, tokens = example
-        q = q.reshape(q.shape[0], groups, heads // groups, -1)
-        scores = jnp.einsum("qgrn,kgn->grqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-        rows = (tokens[None, :] * heads + jnp.arange(heads)[:, None]).reshape(-1)
-        kept = draws.dropout_mask(key, rows, mask.shape[1], scope.dropout).reshape(weights.shape)
-        out = jnp.einsum("grqk,kgn->qgrn", (weights * kept).astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return out.reshape(out.shape[0], heads, -1).astype(v.dtype)
-
-    together = max(1, WEIGHTS_AT_ONCE // (heads * mask.size))
-    if together >= q.shape[0]:
-        return jax.vmap(one_example)((q, k, v, scope.tokens))
-    return jax.lax.map(one_example, (q, k, v, scope.tokens), batch_size=together if together > 1 else None)
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(y, repeats, axis=2) if repeats > 1 else y for y in (k, v))
+    return blockwise.attention(q, k, v, scope.stream("dropout_attention"), scope.tokens, window, scope.dropout)
 
 
 class Attention(nnx.Module):

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from moe_jax.axes import ParamSpec
+from moe_jax.paths import SEPARATOR, unflatten
 
 
 def declare(spec: ParamSpec) -> nnx.Param:
@@ -21,13 +22,7 @@ def bind(module: nnx.Module) -> tuple[dict[str, Any], Callable]:
     traced and leaves nothing of Flax in it.
     """
     graph, state = nnx.split(module)
-    flat = {path: variable.get_metadata("spec") for path, variable in nnx.to_flat_state(state)}
-    specs: dict[str, Any] = {}
-    for path, spec in flat.items():
-        node = specs
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = spec
+    specs = unflatten({SEPARATOR.join(map(str, path)): variable.get_metadata("spec") for path, variable in nnx.to_flat_state(state)})
 
     def call(params, *args, **kwargs):
         return _merge(graph, state, params)(*args, **kwargs)

@@ -131,8 +131,9 @@ class MLP(nnx.Module):
             self.gate = weight(config, (config.d_model, width), ("embed", "mlp"))
         self.gated = config.gated
 
-    def __call__(self, x, scope: Scope):
+    def __call__(self, x: Float[Array, "B S D"], scope: Scope) -> tuple[Float[Array, "B S D"], dict]:
+        """The output, and nothing about a router."""
         act = ACTIVATIONS[self.activation]
         up = linear(x, self.up[...])
         hidden = act(linear(x, self.gate[...])) * up if self.gated else act(up)
-        return linear(scope.drop(hidden, "expert_hidden"), self.down[...])
+        return linear(scope.drop(hidden, "expert_hidden"), self.down[...]), {}

@@ -74,8 +74,8 @@ class Model:
         """The NamedSharding of each parameter, or None without a mesh."""
         if self.mesh is None:
             return None
-        sizes = dict(self.mesh.shape)
-        return self._map(lambda spec: NamedSharding(self.mesh, self.rules.partition(spec.axes, spec.shape, sizes)))
+        mesh, sizes = self.mesh, dict(self.mesh.shape)
+        return self._map(lambda spec: NamedSharding(mesh, self.rules.partition(spec.axes, spec.shape, sizes)))
 
     def abstract(self) -> dict[str, Any]:
         """The parameters as ShapeDtypeStructs, with their shardings when there is a mesh."""

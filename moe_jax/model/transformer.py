@@ -29,18 +29,14 @@ class Block(nnx.Module):
         self.norm_attention = RMSNorm(config, config.d_model)
         self.attention = Attention(config)
         self.norm_moe = RMSNorm(config, config.d_model)
-        self.moe = moe
         self.feed_forward = MoE(config) if moe else MLP(config)
 
     def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...]):
         """(x after the block, what its router did or {})."""
         entered = x
         x = x + scope.drop(self.attention(self.norm_attention(x), positions, scope), "attention_output")
-        read = self.norm_moe(x)
-        if not self.moe:
-            return x + scope.drop(self.feed_forward(read, scope), "feed_forward_output"), {}
-        y, router = self.feed_forward(read, scope)
-        if "residual_ids" in capture:
+        y, router = self.feed_forward(self.norm_moe(x), scope)
+        if "residual_ids" in capture and isinstance(self.feed_forward, MoE):
             router["residual_ids"] = self.feed_forward.ids_on(entered)
         return x + scope.drop(y, "feed_forward_output"), router
 

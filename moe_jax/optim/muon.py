@@ -7,7 +7,7 @@ m is the shorter of the two, n the longer.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,9 +160,9 @@ def scale_by_muon(
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        gradients, count = updates, jnp.asarray(optax.safe_increment(state.count))
         momentum = optax.tree.update_moment(gradients, state.momentum, beta, 1)
         mixed = _mix(momentum, gradients, beta, nesterov, count if bias_correction else None)
         one = isinstance(dimension_numbers, MuonDimensionNumbers)
@@ -172,7 +172,7 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _mix(momentum: optax.Updates, gradients: optax.Updates, beta: float, nesterov: bool, count: jax.Array | None) -> optax.Updates:
+def _mix(momentum: optax.Updates, gradients: optax.Updates, beta: float, nesterov: bool, count: Any) -> optax.Updates:
     """What is orthogonalised: the momentum, looking one gradient ahead if `nesterov`; bias-corrected if a `count` is given."""
     if nesterov:
         if count is not None:

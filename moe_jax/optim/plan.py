@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -192,7 +192,7 @@ class Plan:
 
         Frozen leaves get no state, no decay, no share in the clip, and updates that leave every bit as it was.
         """
-        rules = {"muon": self._muon(), "adamw": self._adamw(), "frozen": _leave_alone()}
+        rules: dict[Hashable, optax.GradientTransformation] = {"muon": self._muon(), "adamw": self._adamw(), "frozen": _leave_alone()}
         parts = [optax.partition(rules, self.labels())]
         if self.config.clip_norm is not None:
             parts.insert(0, optax.masked(optax.clip_by_global_norm(self.config.clip_norm), self.trainable()))

@@ -158,7 +158,7 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
                 pending = None
             if evaluating:
                 _evaluate(config, program, data, state, done, recorder)
-            if saving:
+            if checkpoints is not None and saving:
                 recorder.flush()
                 checkpoints.save(done, state)
             if stopping and done < config.updates:
@@ -202,8 +202,7 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
     if counted < len(batches):
         rest = program.evaluate(state.params, batches[counted:], off(knobs))
         sums = jax.tree.map(np.add, sums, rest)
-    noisy_phase = knobs.noise is not None and knobs.noise.in_phase("eval") is not None
-    if noisy_phase:
+    if knobs.noise is not None and knobs.noise.in_phase("eval") is not None:
         noisy = any(np.asarray(scale).any() for scale in knobs.noise.scales.values())
         row["eval/loss_noisy"] = _ratio(program.evaluate(state.params, batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
     if "router/load" in sums:

@@ -61,10 +61,10 @@ def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
             rows = micro["tokens"].shape[0]
             draw = Draw(seed=knobs.noise_seed, step=step, phase="train", row_offset=index * rows)
             total, metrics, out = model.loss(params, micro["tokens"], micro["targets"], noise=knobs.noise, draw=draw, train=True)
-            metrics |= {name: value for name, value in out.aux.items()}
+            found: dict[str, Any] = metrics | out.aux
             if out.load is not None:
-                metrics["router/load"] = out.load
-            return total / metrics["loss"][1] + objective.router_losses(out.aux, knobs), metrics
+                found["router/load"] = out.load
+            return total / metrics["loss"][1] + objective.router_losses(out.aux, knobs), found
 
         return jax.grad(objective_of, has_aux=True)(params)
 
@@ -76,7 +76,8 @@ def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
             grads, metrics = _accumulate(lambda micro, index: micro_batch(state.params, micro, index, state.step, knobs), batch, count)
         flags = non_finite(grads, metrics["loss"][0])
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
-        moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        params: Any = optax.apply_updates(state.params, updates)
+        moved = TrainState(state.step + 1, params, opt_state)
         # elementwise, so the compiler joins it to the update instead of passing over the state again
         kept = jax.tree.map(lambda new, old: jnp.where(flags.any(), old, new), moved, state)
         return kept, _with_derived(metrics, plan, grads, updates), flags
@@ -137,10 +138,9 @@ def make_evaluate_step(model: Model) -> Callable:
 
     def evaluate(params, batch, knobs: Knobs):
         draw = Draw(seed=knobs.noise_seed, phase="eval", row_offset=batch["row_offset"])
-        _, metrics, out = model.loss(
-            params, batch["tokens"], batch["targets"], batch["weight"], noise=knobs.noise, draw=draw, capture=capture
-        )
-        if capture:
+        _, sums, out = model.loss(params, batch["tokens"], batch["targets"], batch["weight"], noise=knobs.noise, draw=draw, capture=capture)
+        metrics: dict[str, Any] = dict(sums)
+        if out.trace is not None:
             metrics |= {
                 "router/load": loads(out.trace.ids, batch["weight"]),
                 "router/residual_load": loads(out.residual_ids, batch["weight"]),

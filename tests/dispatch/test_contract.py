@@ -108,7 +108,10 @@ class DispatchContract:
 
     @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])  # siblings inherit it
     @given(
-        sizes=st.sampled_from([(17, 4, 2), (5, 9, 3), (30, 2, 1)]), skew=st.floats(0, 8), seed=st.integers(0, 2**32 - 1), twice=st.booleans()
+        sizes=st.sampled_from([(17, 4, 2), (5, 9, 3), (30, 2, 1)]),
+        skew=st.floats(0, 8),
+        seed=st.integers(0, 2**32 - 1),
+        twice=st.booleans(),
     )
     def test_any_routing(self, sizes, skew, seed, twice):
         tokens, experts, slots = sizes
@@ -143,7 +146,11 @@ class DispatchContract:
     @pytest.mark.parametrize("gated", [False, True])
     def test_perturbed_products_by_logical_rows(self, gated):
         x, decision, matrices, dy = problem(gated=gated, tokens=21)
-        hooks = dict(product=reference.bumpy_product, mask=reference.keep_mask, context={"scale": jnp.float32(0.3), "key": jnp.arange(2, dtype=jnp.uint32)})
+        hooks = dict(
+            product=reference.bumpy_product,
+            mask=reference.keep_mask,
+            context={"scale": jnp.float32(0.3), "key": jnp.arange(2, dtype=jnp.uint32)},
+        )
         if not self.perturbs:
             with pytest.raises(NotImplementedError, match="perturbing product"):
                 self.value_and_gradients(x, decision, matrices, dy, **hooks)

@@ -50,7 +50,9 @@ def test_any_routing_fits_the_static_bound():
     for unit, largest in [(1, 1), (4, 12), (64, 1024)]:
         for assignments, experts in [(1, 1), (30, 7), (5, 64)]:
             tiling = Tiling.fit(assignments, experts, unit, largest)
-            spread = [assignments - min(experts, assignments) + 1] + [1] * (min(experts, assignments) - 1)  # every group as bad as it can be
+            spread = [assignments - min(experts, assignments) + 1] + [1] * (
+                min(experts, assignments) - 1
+            )  # every group as bad as it can be
             for loads in (spread, [assignments]):
                 rows = sum(-(-n // unit) * unit for n in loads)
                 assert rows <= tiling.rows and sum(-(-n // tiling.largest) for n in loads) <= tiling.tiles

@@ -1,13 +1,14 @@
-"""Attention's two paths (fused without dropout, by hand with it) against NumPy: grouped heads, causality, the window, dropout by coordinates."""
+"""Blockwise attention against NumPy and autodiff: grouped heads, causality, the window, dropout by coordinates, the hand-written derivative."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.keys import Draw
-from moe_jax.model import attention
-from moe_jax.model.attention import attend, causal_mask
+from moe_jax.model import blockwise
+from moe_jax.model.attention import attend
 from moe_jax.model.layers import Scope
 from moe_jax.noise import draws
 
@@ -37,15 +38,9 @@ def reference(q, k, v, window, kept=1.0):
     return np.einsum("bhqk,bkhn->bqhn", weights, v)
 
 
-def test_mask_by_hand():
-    np.testing.assert_array_equal(causal_mask(3, None), [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
-    np.testing.assert_array_equal(causal_mask(4, 2), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
-    np.testing.assert_array_equal(causal_mask(3, 1), np.eye(3))
-
-
 @pytest.mark.parametrize("window", [None, 3, 1])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_both_paths_against_numpy(groups, window):
+def test_with_and_without_dropout_against_numpy(groups, window):
     q, k, v = inputs(groups)
     expected = reference(q, k, v, window)
     for dropout in (0.0, ALMOST_NONE):
@@ -64,14 +59,42 @@ def test_dropout_multiplies_the_weights_by_a_mask_of_token_head_and_key():
     np.testing.assert_allclose(found, reference(q, k, v, None, kept), rtol=1e-4, atol=1e-5)
 
 
-def test_how_many_examples_go_together_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, window):
+    """Output and gradients, with dropout, in one block, in blocks that do not divide the sequence, and one query at a time."""
     q, k, v = inputs(2)
-    results, texts, scope = [], [], scope_of(0.4)
-    for limit in (1 << 21, 2 * H * S * S, 1):  # all three, two and one, one at a time
-        monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", limit)
-        traced = jax.jit(lambda *inputs, limit=limit: attend(*inputs, 3, scope)).trace(q, k, v)
+    scope, direction = scope_of(0.4), jnp.asarray(RANDOM.normal(size=(B, S, H, N)), "float32")
+    results, texts = [], []
+    for size in (128, 3, 1):
+        monkeypatch.setattr(blockwise, "BLOCK", size)
+
+        def both(q, k, v, size=size):
+            out, pull = jax.vjp(lambda *inputs: attend(*inputs, window, scope), q, k, v)
+            return out, pull(direction)
+
+        traced = jax.jit(both).trace(q, k, v)
         texts.append(str(traced.jaxpr))
         results.append(traced.lower().compile()(q, k, v))
     assert len(set(texts)) == 3
     for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(other, results[0], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_derivative_is_that_of_the_plain_formula(window):
+    """The hand-written backward pass with dropout against autodiff of the formula with the same mask."""
+    q, k, v = inputs(4)
+    scope = scope_of(0.4)
+    rows = (scope.tokens[:, None, :] * H + jnp.arange(H)[:, None]).reshape(-1)
+    kept = draws.dropout_mask(scope.stream("dropout_attention"), rows, S, 0.4).reshape(B, H, S, S)
+    distance = jnp.arange(S)[:, None] - jnp.arange(S)[None, :]
+    seen = (distance >= 0) & (distance < (window or S))
+
+    def plain(q, k, v):
+        scores = jnp.where(seen, jnp.einsum("bqhn,bkhn->bhqk", q, k) / N**0.5, -1e30)
+        return jnp.einsum("bhqk,bkhn->bqhn", jax.nn.softmax(scores, axis=-1) * kept, v)
+
+    direction = jnp.asarray(RANDOM.normal(size=(B, S, H, N)), "float32")
+    expected = jax.vjp(plain, q, k, v)[1](direction)
+    found = jax.vjp(lambda *inputs: attend(*inputs, window, scope), q, k, v)[1](direction)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)

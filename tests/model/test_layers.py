@@ -1,5 +1,7 @@
 """Norm, linear map, rotary positions and the dense MLP against NumPy, in float32 and bfloat16."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,15 @@ from moe_jax.keys import Draw
 from moe_jax.model import ModelConfig
 from moe_jax.model.bind import bind
 from moe_jax.model.layers import MLP, Scope, linear, rms_norm, rotate
+from moe_jax.noise import draws
 
 RANDOM = np.random.default_rng(0)
-X = RANDOM.normal(size=(2, 6, 8)).astype(np.float32)
+X = jnp.asarray(RANDOM.normal(size=(2, 6, 8)), "float32")
 
 
 def test_rms_norm():
-    scale = RANDOM.normal(size=8).astype(np.float32)
-    exact = X.astype(np.float64)
+    scale = jnp.asarray(RANDOM.normal(size=8), "float32")
+    exact = np.asarray(X, np.float64)
     expected = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-3) * scale
     np.testing.assert_allclose(rms_norm(X, scale, 1e-3), expected, rtol=1e-5)
     narrow = rms_norm(jnp.asarray(1000 * X, "bfloat16"), scale, 1e-3)  # squares of 1000 summed in bfloat16 would be off by percents
@@ -45,7 +48,7 @@ def test_linear_and_its_gradients(dtype, tolerance):
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 def test_rotate_turns_pairs_by_position_over_frequency(style):
-    x = RANDOM.normal(size=(2, 6, 3, 8)).astype(np.float32)
+    x = np.asarray(RANDOM.normal(size=(2, 6, 3, 8)), np.float32)
     positions = np.array([np.arange(6), np.arange(10, 16)])
     angles = positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)
     first, second = (x[..., :4], x[..., 4:]) if style == "half" else (x[..., ::2], x[..., 1::2])
@@ -55,7 +58,7 @@ def test_rotate_turns_pairs_by_position_over_frequency(style):
         expected[..., :4], expected[..., 4:] = turned.real, turned.imag
     else:
         expected[..., ::2], expected[..., 1::2] = turned.real, turned.imag
-    np.testing.assert_allclose(rotate(x, jnp.asarray(positions), 100.0, style), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0, style), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -70,14 +73,20 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_mlp(gated):
     specs, call = bind(MLP(ModelConfig.preset("tiny", d_model=8, d_ff=10, gated=gated)))
     assert {name: spec.shape for name, spec in specs.items()} == {"up": (8, 10), "down": (10, 8)} | ({"gate": (8, 10)} if gated else {})
-    w = {name: RANDOM.normal(size=spec.shape).astype(np.float32) for name, spec in specs.items()}
+    w = {name: jnp.asarray(RANDOM.normal(size=spec.shape), "float32") for name, spec in specs.items()}
     silu = lambda z: z * expit(z)  # noqa: E731
-    exact = X.astype(np.float64)
-    hidden = silu(exact @ w["gate"]) * (exact @ w["up"]) if gated else silu(exact @ w["up"])
+    exact, exact_w = np.asarray(X, np.float64), {name: np.asarray(value, np.float64) for name, value in w.items()}
+    hidden = silu(exact @ exact_w["gate"]) * (exact @ exact_w["up"]) if gated else silu(exact @ exact_w["up"])
     scope = Scope(Draw().key(), 0, jnp.arange(12).reshape(2, 6), {})
-    np.testing.assert_allclose(call(w, X, scope), hidden @ w["down"], rtol=1e-4, atol=1e-4)
+    y, router = call(w, X, scope)
+    assert router == {}
+    np.testing.assert_allclose(y, hidden @ exact_w["down"], rtol=1e-4, atol=1e-4)
+    dropping = dataclasses.replace(scope, dropout=0.4)
+    mask = np.asarray(draws.dropout_mask(scope.stream("dropout_expert_hidden"), jnp.arange(12), 10, 0.4)).reshape(2, 6, 10)
+    np.testing.assert_allclose(call(w, X, dropping)[0], (hidden * mask) @ exact_w["down"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_scope_without_dropout_or_noise_returns_its_argument():
     scope = Scope(Draw().key(), 0, jnp.arange(12).reshape(2, 6), {})
-    assert scope.drop(X, "embedding") is X and scope.perturb(X, "router_input") is X
+    rows = X.reshape(-1, 8)
+    assert scope.drop(X, "embedding") is X and scope.perturb(rows, "router_input") is rows

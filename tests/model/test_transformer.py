@@ -91,14 +91,17 @@ def test_layer_plan_of_one_layer_and_of_a_longer_period():
     assert [[(stack.moe, stack.layers) for stack in segment] for segment in plan] == [[(False, (0, 3)), (True, (1, 4)), (True, (2, 5))]]
 
 
-@pytest.mark.parametrize("dense", [(1, 2), (0, 2)], ids=str)
-def test_the_forward_pass_is_the_layers_one_after_the_other(dense, make_params, tokens, noise, draw):
-    """With noise in two layers, so that the absolute index of a layer matters to its scale and its draw."""
-    config = ModelConfig.preset("tiny", num_layers=4, dense_layers=dense)
+@pytest.mark.parametrize("count, dense", [(4, (1, 2)), (6, (0, 3))], ids=["runs", "pattern"])
+def test_the_forward_pass_is_the_layers_one_after_the_other(count, dense, make_params, tokens, noise, draw):
+    """With a scale for each layer, so that the absolute index of a layer matters to its scale and its draw.
+
+    Six layers with (0, 3) dense are one scan over stacks (0, 3), (1, 4) and (2, 5): what the routers did must be put back in order.
+    """
+    config = ModelConfig.preset("tiny", num_layers=count, dense_layers=dense)
     model = Model(config)
     params = make_params(model)
-    scales = noise.resolve(4).scaled(1.0)
-    scales.scales["router_logits"] = jnp.array([0.1, 0.2, 0.3, 0.4])
+    scales = noise.resolve(count)
+    scales.scales["router_logits"] = 0.1 * jnp.arange(1.0, count + 1)
     out = jax.jit(lambda params, noise: model.features(params, tokens, noise, draw, capture=("trace",)))(params, scales)
 
     places = {layer: (stack.name, index) for segment in layer_plan(config) for stack in segment for index, layer in enumerate(stack.layers)}
@@ -107,13 +110,13 @@ def test_the_forward_pass_is_the_layers_one_after_the_other(dense, make_params, 
     scope = Scope(draw.key(), -1, jnp.arange(batch * length).reshape(batch, length), {}, scales.structure)
     blocks = {moe: jax.jit(bind(Block(config, moe))[1], static_argnums=4) for moe in (True, False)}
     x, ids = params["embedding"][tokens], []
-    for layer in range(4):
+    for layer in range(count):
         name, index = places[layer]
         here = scope.at(jnp.int32(layer), {site: scale[layer] for site, scale in scales.scales.items()})
         x, router = blocks[layer not in dense](jax.tree.map(lambda leaf, i=index: leaf[i], params[name]), x, positions, here, ())
         ids.extend([router["ids"]] if router else [])
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * params["norm_final"]["scale"]
-    np.testing.assert_array_equal(out.trace.layer_index, [layer for layer in range(4) if layer not in dense])
+    np.testing.assert_array_equal(out.trace.layer_index, [layer for layer in range(count) if layer not in dense])
     np.testing.assert_array_equal(out.trace.ids, ids)
     np.testing.assert_allclose(out.hidden, x, rtol=1e-4, atol=1e-5)
 

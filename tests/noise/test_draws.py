@@ -115,6 +115,25 @@ def test_bits_are_even():
     assert len(bits) - len(np.unique(bits)) < 8 + 5 * 8**0.5
 
 
+def test_words_repeat_as_often_as_random_ones():
+    """8,388,608 words: n^2 / 2^33 = 8,192 repeats. Rows that were shifts of one another along a column would make thousands more, or none."""
+    rows, columns = 8192, 1024
+    words = np.sort(np.asarray(sample_bits(key_of(), jnp.arange(rows), columns)).reshape(-1))
+    close((words[1:] == words[:-1]).sum(), 8192, 8192**0.5)
+
+
+def test_rows_of_two_streams_that_meet_once_part_again():
+    """Among 131,072 rows of each of 4 streams some 24 pairs agree in one column; none may be the same row from there on."""
+    streams = [np.asarray(sample_bits(key_of(layer=layer), jnp.arange(1 << 17), 2)) for layer in range(4)]
+    met = 0
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            _, here, there = np.intersect1d(one[:, 0], other[:, 0], return_indices=True)
+            met += len(here)
+            assert (one[here, 1] != other[there, 1]).all()
+    assert met > 4
+
+
 def test_uniform():
     values = np.asarray(sample_uniform(key_of(), jnp.arange(R), C), np.float64).reshape(-1)
     assert 0 < values.min() < 1e-4 and 1 - 1e-4 < values.max() < 1
@@ -126,8 +145,8 @@ def test_uniform():
 def test_the_ends_of_the_uniform_are_inside_and_their_normals_finite(monkeypatch):
     for word, uniform in ((0, 2.0**-24), (2**32 - 1, 1 - 2.0**-24)):
         monkeypatch.setattr(draws, "bits", lambda key, rows, columns, word=word: jnp.full((rows.shape[0], columns), word, jnp.uint32))
-        assert draws.uniform(None, jnp.arange(1), 1)[0, 0] == uniform
-        assert abs(abs(draws.normal(None, jnp.arange(1), 1)[0, 0]) - stats.norm.isf(2.0**-24)) < 1e-3
+        assert draws.uniform(key_of(), jnp.arange(1), 1)[0, 0] == uniform
+        assert abs(abs(draws.normal(key_of(), jnp.arange(1), 1)[0, 0]) - stats.norm.isf(2.0**-24)) < 1e-3
 
 
 def test_normal_moments_and_shape(base):

@@ -112,7 +112,14 @@ def test_metrics_file_has_a_row_for_every_update(program, data, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
     assert rows[-1]["eval/loss"] == result.metrics["val_loss"]
-    health = ("router/load_cv", "router/entropy", "router/margin", "router/logit_mean", "optimizer/gradient_norm", "optimizer/expert_update_rms_max")
+    health = (
+        "router/load_cv",
+        "router/entropy",
+        "router/margin",
+        "router/logit_mean",
+        "optimizer/gradient_norm",
+        "optimizer/expert_update_rms_max",
+    )
     assert all(name in rows[0] for name in health)
     assert not (tmp_path / "checkpoints").exists()
 
