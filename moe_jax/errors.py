@@ -19,6 +19,10 @@ class ConfigError(MoeJaxError, ValueError):
     exit_code = 2
 
 
+class Unsupported(ConfigError, NotImplementedError):
+    """Something that is named and understood, and cannot be done (yet, or here); the message says why."""
+
+
 class DataError(MoeJaxError):
     """A corpus or tokenizer that is missing, corrupt or too small."""
 

@@ -48,7 +48,7 @@ class Draw:
     phase and fixed are static. `fixed=True` leaves the step out: the same draw each step, a device's fixed pattern.
     """
 
-    seed: jax.Array | int = 0  # noise seed, any 32-bit integer
+    seed: jax.Array | int = 0  # noise seed: an int (its lowest 32 bits count) or an array; as an argument of jit, give np.uint32(seed)
     step: jax.Array | int = 0  # optimizer updates done
     phase: str = "eval"  # one of PHASES
     row_offset: jax.Array | int = 0  # global index of the first example of this (micro-)batch

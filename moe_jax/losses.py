@@ -24,12 +24,15 @@ def cross_entropy(
 
     chunk: "tokens" takes `size` tokens at a time and makes the gradient in the forward pass, so that logits are computed once and never
     kept; "vocabulary" takes `size` words at a time and computes logits again in the backward pass (least memory); "none" holds all
-    logits. Logits are float32 whatever the type of hidden. Metrics: loss (sum, count) and accuracy (sum, count), without gradient.
+    logits. Logits are float32 whatever the type of hidden. The weights get no gradient. Metrics: loss (sum, count) and accuracy (sum, count), without gradient.
     """
+    sizes = (hidden.shape[0], targets.shape[0], weights.shape[0])
+    if len(set(sizes)) > 1:
+        raise ValueError(f"hidden, targets and weights must hold the same tokens, got {sizes}")
     functions = {"tokens": _by_tokens, "vocabulary": _by_vocabulary, "none": _whole}
     if chunk not in functions:
         raise ValueError(f"unknown loss chunk {chunk!r}; known: {', '.join(functions)}")
-    loss, correct = functions[chunk](hidden, head, targets, weights.astype(jnp.float32), size)
+    loss, correct = functions[chunk](hidden, head, targets, jax.lax.stop_gradient(weights.astype(jnp.float32)), size)
     count = weights.sum(dtype=jnp.float32)
     stop = jax.lax.stop_gradient
     return loss, {"loss": (stop(loss), count), "accuracy": (stop(correct), count)}

@@ -67,6 +67,10 @@ def select(
     if not 1 <= k <= experts:
         raise ValueError(f"cannot choose {k} of {experts} experts; experts_per_token must be between 1 and {experts}")
     if replay_ids is not None:
+        if replay_ids.shape != (*logits.shape[:-1], k):
+            raise ValueError(
+                f"replay_ids have shape {replay_ids.shape}; {k} experts for logits {logits.shape} need {(*logits.shape[:-1], k)}"
+            )
         return replay_ids.astype(jnp.int32)
     scores = logits if bias is None else jax.nn.sigmoid(logits) + bias
     return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
@@ -83,7 +87,8 @@ def combine(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "s
         raise ValueError(f"unknown score {score!r}{nearest(score, SCORES)}; known: {', '.join(SCORES)}")
     if score == "sigmoid":
         chosen = jnp.take_along_axis(jax.nn.sigmoid(logits), ids, axis=-1)
-        return chosen / chosen.sum(-1, keepdims=True) if renormalise else chosen
+        # 1e-20 as in DeepSeek's code: scores that all underflow give weights of 0, not nan
+        return chosen / (chosen.sum(-1, keepdims=True) + 1e-20) if renormalise else chosen
     if renormalise:
         return jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
     return jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), ids, axis=-1)

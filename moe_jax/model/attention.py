@@ -12,6 +12,7 @@ from moe_jax.model import blockwise
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import RMSNorm, Scope, bias, linear, rotate, weight
 
+
 def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Array, "B S G N"], window: int | None, scope: Scope):
     """softmax(q k / sqrt(N)) v over the keys k <= q, k > q - window, softmax in float32, with dropout on the weights; returns [B, S, H, N].
 

@@ -59,6 +59,8 @@ class Model:
 
     def init(self, seed: int | jax.Array = 0) -> dict[str, Any]:
         """The starting parameters, a nested dict: each a function of the seed and its own path, made where the mesh wants it."""
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise ConfigError(f"an initialisation seed must be from 0 to 2**32 - 1, got {seed}")
         return self._init(jnp.asarray(seed, jnp.uint32))
 
     @functools.cached_property
@@ -118,6 +120,9 @@ class Model:
             raise ConfigError(f"tokens must be [batch, sequence up to max_seq_len={config.max_seq_len}], got shape {tokens.shape}")
         draw = Draw() if draw is None else draw
         resolved = noise.resolve(config.num_layers) if isinstance(noise, NoiseSpec) else noise
+        for site, scale in (resolved.scales if resolved else {}).items():
+            if scale.shape != (config.num_layers,):
+                raise ConfigError(f"noise at {site!r} was resolved for {scale.shape[0]} layers, the model has {config.num_layers}")
         acting = None if resolved is None else resolved.in_phase(draw.phase)
 
         batch, length = tokens.shape

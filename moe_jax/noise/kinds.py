@@ -33,7 +33,7 @@ def _jitter(y, scale, key, rows):
 
 
 def _bias(y, scale, key, rows):
-    return scale * jnp.sign(y) * jnp.mean(jnp.abs(y))
+    return scale * jnp.sign(y) * jnp.mean(jnp.abs(y), axis=-1, keepdims=True)  # per row, so that a split batch gives the same
 
 
 # kind -> error(y float32 [R, C], scale, key, rows) -> float32 [R, C]; what each means is in the table of NoiseSpec.

@@ -21,24 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, Unsupported, nearest
 from moe_jax.keys import PASSES, PHASES
 from moe_jax.noise.kinds import KINDS
 
 SITES = ("router_input", "router_logits")  # sites that a program can perturb
-DECLARED_SITES = (
-    *(
-        "router_gemm",
-        "expert_gate",
-        "expert_up",
-        "expert_down",
-        "attention_q",
-        "attention_k",
-        "attention_v",
-        "attention_o",
-        "lm_head",
-        "embedding",
-    ),
+DECLARED_SITES = (  # sites that the grammar names
+    *("router_gemm", "experts", "expert_gate", "expert_up", "expert_down"),
+    *("attention", "attention_q", "attention_k", "attention_v", "attention_o", "lm_head", "embedding"),
     *("norm_attention", "norm_moe", "norm_q", "norm_k", "norm_final"),
 )
 DECLARED_KINDS = ("accumulation", "learned", "quantise", "bit_flip")
@@ -64,9 +54,7 @@ class SiteNoise:
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
         if self.kind not in KINDS:
             if self.kind in DECLARED_KINDS:
-                raise NotImplementedError(
-                    f"noise kind {self.kind!r} acts inside a matmul, which no site offers yet; usable: {', '.join(KINDS)}"
-                )
+                raise Unsupported(f"noise kind {self.kind!r} acts inside a matmul, which no site offers yet; usable: {', '.join(KINDS)}")
             raise ConfigError(f"unknown noise kind {self.kind!r}{nearest(self.kind, KINDS)}; known: {', '.join(KINDS)}")
         for field, known in (("passes", PASSES), ("phases", PHASES), ("reach", REACHES)):
             given = getattr(self, field)
@@ -92,11 +80,16 @@ class NoiseSpec:
         self.sites: dict[str, SiteNoise] = dict(sorted((sites or {}).items()))
         for site in self.sites:
             if site in DECLARED_SITES:
-                raise NotImplementedError(
+                raise Unsupported(
                     f"noise site {site!r} is a matmul or a norm, which programs do not perturb yet; usable: {', '.join(SITES)}"
                 )
             if site not in SITES:
                 raise ConfigError(f"unknown noise site {site!r}{nearest(site, SITES + DECLARED_SITES)}; known: {', '.join(SITES)}")
+            noise = self.sites[site]
+            if "forward" not in noise.passes:
+                raise ConfigError(f"noise at {site!r} has passes {noise.passes}, but an elementwise site acts in the pass forward alone")
+            if site != "router_logits" and noise.reach != REACHES:
+                raise ConfigError(f"noise at {site!r} names a reach {noise.reach}; only router_logits has one")
 
     def __repr__(self):
         return f"NoiseSpec({self.sites})"

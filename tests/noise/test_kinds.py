@@ -22,7 +22,7 @@ NUMPY = {
     "rms_relative": lambda y, s: y + s * np.sqrt((y**2).mean(-1, keepdims=True)) * N,
     "centred_relative": lambda y, s: y + s * abs(y - y.mean(-1, keepdims=True)) * N,
     "jitter": lambda y, s: y * (1 - s + 2 * s * U),
-    "bias": lambda y, s: y + s * np.sign(y) * abs(y).mean(),
+    "bias": lambda y, s: y + s * np.sign(y) * abs(y).mean(-1, keepdims=True),
 }
 noisy = jax.jit(perturb, static_argnums=1)
 
