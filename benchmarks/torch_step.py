@@ -42,9 +42,6 @@ def dropout(x, p):
     return x * (bits.view(x.shape) >= round(p * 2**16) - 2**15).to(x.dtype).mul_(1 / (1 - p))
 
 
-# --- experts: both implementations take rows that are sorted by expert ------------------------------------------------------
-
-
 def experts_loop(rows, sizes, up, down, p):
     """rows [N,D] sorted by expert, sizes Int[E], up [E,D,F], down [E,F,D] -> [N,D]; two matmuls per expert."""
     out = []
@@ -74,9 +71,6 @@ def moe_ffn(x, ids, weights, up, down, experts, p=0.0):
     weight = x.new_zeros(len(token)).index_copy(0, row, weights.flatten()[order].to(x.dtype))  # 0 at padding
     y = EXPERTS[experts](x.index_select(0, token), padded, up, down, p) * weight[:, None]
     return torch.zeros_like(x).index_add(0, token, y)
-
-
-# --- model ------------------------------------------------------------------------------------------------------------------
 
 
 def causal_attention(q, k, v, p):
@@ -175,9 +169,6 @@ class Model(nn.Module):
         return F.cross_entropy(F.linear(x, self.embedding).float(), targets)
 
 
-# --- optimizer --------------------------------------------------------------------------------------------------------------
-
-
 def orthogonalise(x, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     """Newton-Schulz in bfloat16 on a stack [N,rows,cols], every matrix for itself; one batched product per line."""
     a, b, c = coefficients
@@ -260,9 +251,6 @@ def make_step(batch=4, seq=512, experts="loop", dtype="float32", dropout=0.1, no
         return loss.item()
 
     return step, model
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------------
 
 
 def timed(function, device="cpu"):

@@ -20,8 +20,8 @@ from moe_jax.experts import Experts, plain_product
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int = 64, largest: int = 1024):
-    """See `dispatch`. unit, largest: the step between tile sizes and the largest of them, in rows."""
+def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int | None = None, largest: int | None = None):
+    """See `dispatch`. unit, largest: the step between tile sizes and the largest of them, in rows; by default chosen from the mean load."""
     tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest)
     tables = make_tables(decision.ids, tiling)
     numbers = row_numbers(tokens, decision).reshape(-1)
@@ -36,17 +36,18 @@ def _weighted_sum(tiling: Tiling, x, weights, experts: Experts, tables: Tables, 
 
 
 def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbers):
-    width, names = experts.weights["up"].shape[-1], _inputs(experts)
+    """(y [T,D], what the backward pass needs)."""
+    width, names, x_bits = experts.weights["up"].shape[-1], _inputs(experts), _bits(x)
 
     def one_tile(rows: _Rows, carry):
         saved, out = carry
-        x_rows = _take(x, rows.assignment // weights.shape[1])
+        x_rows = _floats(_take(x_bits, rows.assignment // weights.shape[1]), x.dtype)
         pre = {name: _product(experts, name, "forward", rows, x_rows, (1, 0)).astype(x.dtype) for name in names}
         hidden = experts.hidden(pre["up"], pre.get("gate"), rows.number)
         y_rows = _product(experts, "down", "forward", rows, hidden, (1, 0))
-        return {name: _put(saved[name], pre[name], rows.start) for name in names}, _put(out, y_rows, rows.start)
+        return {name: _put(saved[name], _bits(pre[name]), rows.start) for name in names}, _put(out, y_rows, rows.start)
 
-    empty = {name: jnp.zeros((tiling.rows, width), x.dtype) for name in names}
+    empty = {name: jnp.zeros((tiling.rows, width), x_bits.dtype) for name in names}
     carry = (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32))
     saved, out = _each_tile(tiling, tables, numbers, one_tile, carry)
     y = _combine(out, tables, weights).astype(x.dtype)
@@ -55,15 +56,16 @@ def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbe
 
 
 def _backward(tiling: Tiling, residuals, dy):
+    """Cotangents of x, weights, experts (its weights alone), and none of the tables."""
     x, weights, experts, tables, numbers, saved, kept = residuals
-    names = _inputs(experts)
+    names, x_bits, dy_bits = _inputs(experts), _bits(x), _bits(dy)
 
     def one_tile(rows: _Rows, carry):
         dx_out, d_weight_out, d_experts = carry
         token = rows.assignment // weights.shape[1]
-        dy_rows = _take(dy, token)
+        dy_rows = _floats(_take(dy_bits, token), x.dtype)
         gate = jnp.where(rows.filled, _take(weights.reshape(-1), rows.assignment), 0.0)[:, None]
-        pre = [lax.dynamic_slice_in_dim(saved[name], rows.start, rows.size) for name in names]
+        pre = [_floats(lax.dynamic_slice_in_dim(saved[name], rows.start, rows.size), x.dtype) for name in names]
         hidden, pull = jax.vjp(lambda up, gate=None: experts.hidden(up, gate, rows.number), *pre)
         weighted = (dy_rows * gate).astype(x.dtype)
         if kept is None:  # <dy, hidden W> = <dy W^T, hidden>, and the product commutes with the weight: the output need not be kept
@@ -73,7 +75,7 @@ def _backward(tiling: Tiling, residuals, dy):
             d_hidden = jnp.where(rows.filled[:, None], _product(experts, "down", "grad_input", rows, weighted, (1, 1)), 0.0)
             d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, rows.size) * dy_rows).sum(1)
         d_experts = _accumulate(experts, d_experts, "down", rows, hidden, weighted)
-        x_rows, dx_rows = _take(x, token), 0.0
+        x_rows, dx_rows = _floats(_take(x_bits, token), x.dtype), 0.0
         for name, d_pre in zip(names, pull(d_hidden.astype(x.dtype)), strict=True):
             dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre, (1, 1))
             d_experts = _accumulate(experts, d_experts, name, rows, x_rows, d_pre)
@@ -144,6 +146,15 @@ def _accumulate(experts: Experts, d_experts: dict, name: str, rows: _Rows, a, b)
     return {**d_experts, name: lax.dynamic_update_index_in_dim(d_experts[name], total, rows.expert, 0)}
 
 
+def _bits(array):
+    """bfloat16 as integers of the same bits, for buffers that a loop slices: XLA:CPU would turn the whole buffer into float32 and back for each slice."""
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _floats(bits, dtype):
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
 def _take(array, index):
     """array[index] for an index that is known to be inside: without the selects that guard one that is not."""
     return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -156,4 +167,5 @@ def _put(array, rows, start):
 def _combine(rows, tables: Tables, weights):
     """sum_k weights[t,k] * rows[row_of[t,k]], [T,D], by K gathers."""
     row_of = tables.row_of.reshape(weights.shape)
-    return sum(weights[:, k, None] * _take(rows, row_of[:, k]) for k in range(weights.shape[1]))
+    parts = [weights[:, k, None] * _take(rows, row_of[:, k]) for k in range(weights.shape[1])]
+    return functools.reduce(jnp.add, parts)

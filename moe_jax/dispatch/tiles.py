@@ -23,8 +23,15 @@ class Tiling:
     classes: int
 
     @classmethod
-    def fit(cls, assignments: int, experts: int, unit: int = 64, largest: int = 1024) -> "Tiling":
-        """A tiling whose largest tile is at most `largest` rows, rounded up to the unit, and no larger than all the work."""
+    def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None) -> "Tiling":
+        """A tiling for a mean load of R / E rows.
+
+        unit: default a twelfth of the mean load, as a power of two from 8 to 64: padding stays near 4 % and matmuls of few rows are not split further.
+        largest: rows of the largest tile, default 16 units (each class is a loop to compile: 16 take 4 to 5 s); no larger than all the work.
+        """
+        if unit is None:
+            unit = next(size for size in (64, 32, 16, 8, 0) if size <= assignments // experts // 12) or 8
+        largest = 16 * unit if largest is None else largest
         return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)))
 
     @property
@@ -57,7 +64,7 @@ class Tables:
     first: Int[Array, "N"]  # its first position in `order`
     start: Int[Array, "N"]  # its first row
     filled: Int[Array, "N"]  # how many of its rows are assignments; the rest is padding
-    bounds: Int[Array, "C+3"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
+    bounds: Int[Array, "C_plus_3"]  # class c is tiles bounds[c] to bounds[c+1]; class 0 is the unused ones
     padded: Int[Array, ""]  # rows beyond the assignments
 
 
@@ -95,7 +102,7 @@ def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
     )
 
 
-def _sort(flat: Int[Array, "R"], experts: int, limit: int = 2**31) -> tuple[Int[Array, "R"], Int[Array, "E+1"]]:
+def _sort(flat: Int[Array, "R"], experts: int, limit: int = 2**31) -> tuple[Int[Array, "R"], Int[Array, "E_plus_1"]]:
     """(order, begins): the assignments expert by expert, in token order inside one, and where each expert's begin."""
     count = flat.shape[0]
     if count * experts < limit:  # one key that holds both numbers sorts faster than a pair
