@@ -56,7 +56,9 @@ def compare(dtype: str, args) -> None:
         for experts in ("loop", "grouped_mm"):
             script = [args.torch_python, os.path.join(HERE, "torch_step.py"), "--worker", f"--threads={os.cpu_count()}"]
             commands[f"torch, {experts}"] = [*script, f"--experts={experts}", f"--dtype={dtype}", f"--batch={BATCH}", f"--seq={LENGTH}"]
-    sides = {name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name, command in commands.items()}
+    sides = {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name, command in commands.items()
+    }
     try:
         for side in sides.values():
             ask(side)  # the first step compiles

@@ -27,8 +27,8 @@ from moe_jax.train.loop import RunConfig
 
 QUESTION = "Does Gaussian noise on the gate's logits during training hurt the model, and does a load-balancing loss help it?"
 RULE = (
-    "An effect is claimed when its Holm-adjusted p, over the primary comparisons paired by seed, is below alpha; otherwise it is unresolved, and the "
-    "smallest effect that this design could have seen is given."
+    "Each question (noise, balance, their interaction, and expert usage by each measure) is a family of comparisons paired by seed. An effect is claimed "
+    "when its Holm-adjusted p in its family is below alpha; otherwise it is unresolved, and the smallest effect that this design could have seen is given."
 )
 NOISE = Factor("noise_std", (0.0, 0.1, 0.5), "noise std")
 BALANCE = Factor("balance_weight", (0.01, 0.0), "balance weight")
@@ -74,8 +74,8 @@ def _truncated(total: int = 400, **changes: Any) -> OptimizerConfig:
 
 _QUICK = RunConfig(
     model=ModelConfig.preset("quick"),
-    data=DataConfig(source="wiki", tokenizer="bpe:2048", seq_len=128, batch_size=16),
-    optimizer=OptimizerConfig(warmup=10, total=160, learning_rate=0.02, adamw_learning_rate=0.005),
+    data=DataConfig(source="wiki", tokenizer="bpe:2048", seq_len=128, batch_size=8),
+    optimizer=OptimizerConfig(warmup=10, total=160, learning_rate=0.04, adamw_learning_rate=0.01),
     updates=160,
     eval_batch=32,
     loss_windows=256,
@@ -185,6 +185,7 @@ def _noise_effects() -> list[Comparison]:
             of={"noise_std": std, "balance_weight": weight},
             minus={"noise_std": 0.0, "balance_weight": weight},
             question=f"Does gate noise of std {std} raise perplexity at balance weight {weight}?",
+            family="noise",
         )
         for std in (0.1, 0.5)
         for weight in BALANCE.levels
@@ -199,6 +200,7 @@ def _balance_effects() -> list[Comparison]:
             of={"noise_std": std, "balance_weight": 0.01},
             minus={"noise_std": std, "balance_weight": 0.0},
             question=f"Does load balancing lower perplexity at noise std {std}?",
+            family="balance",
         )
         for std in NOISE.levels
     ]
@@ -214,6 +216,7 @@ def _interactions() -> list[Comparison]:
             "balance_weight",
             (0.01, 0.0),
             question=f"Does the cost of noise std {std} depend on load balancing?",
+            family="interaction",
         )
         for std in (0.1, 0.5)
     ]

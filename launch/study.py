@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 
     experiment = load(_EXPERIMENT.value)
     if _DRY_RUN.value:
-        from moe_jax.studies.preview import preview
+        from launch.preview import preview
 
         print(preview(experiment))
         return 0
@@ -45,7 +45,7 @@ def _run(experiment, workdir: Path) -> int:
         ledger = Ledger.open(workdir, experiment.design)
         waiting = todo(ledger, _RETRY.value)
         if waiting:
-            for change in folder.start({"experiment": experiment.name, "design": experiment.design}, sys.argv):
+            for change in folder.start({"experiment": experiment.name, "design": experiment.design}, sys.argv, describe_devices()):
                 print(f"since the last launch: {change}", file=sys.stderr)
             print(
                 f"{experiment.name}: {len(waiting)} of {len(experiment.design.runs())} runs to do on {describe_devices()}; {experiment.cost}"

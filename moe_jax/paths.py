@@ -1,7 +1,6 @@
-"""Parameter paths: nested dicts flattened to names like `layers/experts/up`, and rules that must cover every one of them."""
+"""Parameter paths: nested dicts flattened to names like `layers/experts/up`."""
 
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SEPARATOR = "/"
@@ -26,23 +25,3 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
-
-
-def assign(paths: Sequence[str], rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The value of the first rule (glob pattern, value) that matches each path.
-
-    Raises ValueError that lists the paths no rule covers, and the rules that matched nothing (a misspelt rule is silent otherwise).
-    """
-    chosen, unused = {}, {pattern for pattern, _ in rules}
-    for path in paths:
-        for pattern, value in rules:
-            if fnmatch.fnmatchcase(path, pattern):
-                chosen[path] = value
-                unused.discard(pattern)
-                break
-    missing = [path for path in paths if path not in chosen]
-    if missing or unused:
-        raise ValueError(
-            f"rules leave {len(missing)} of {len(paths)} paths uncovered {missing[:5]}; patterns that match nothing: {sorted(unused)}"
-        )
-    return chosen

@@ -3,6 +3,8 @@
 B batch, S sequence, D model width, H heads, G key-value heads, N head width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +59,7 @@ class Attention(nnx.Module):
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, positions, c.rope_theta, c.rope_style) for y in (q, k))
-        out = attend(q, k, v, c.sliding_window, scope)
+        out: Any = attend(q, k, v, c.sliding_window, scope)
         out = linear(out.reshape(*out.shape[:2], -1), self.o[...])
         return out + self.o_bias[...].astype(out.dtype) if c.output_bias else out
 

@@ -175,7 +175,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # for tests: every part is there, a step takes milliseconds
     "tiny": dict(vocab_size=260, d_model=32, num_layers=2, num_heads=4, num_experts=4, d_expert=48, max_seq_len=64),
     # the seed's shape at a size that two cores train in seconds
-    "quick": _SEED | dict(vocab_size=2048, d_model=96, num_layers=4, num_heads=4, d_expert=192, max_seq_len=128),
+    "quick": _SEED | dict(vocab_size=2048, d_model=64, num_layers=4, num_heads=4, d_expert=128, max_seq_len=128),
     # the same in minutes
     "small": _SEED | dict(vocab_size=4096, d_model=192, num_layers=4, num_heads=6, d_expert=512, max_seq_len=256),
     "seed_79m": _SEED,

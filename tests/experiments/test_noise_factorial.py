@@ -4,8 +4,8 @@ import pytest
 
 from experiments.catalogue import load
 from experiments.noise_factorial import PRESETS
+from launch.preview import preview, training_flops
 from moe_jax.errors import ConfigError
-from moe_jax.studies.preview import preview, training_flops
 
 
 @pytest.mark.parametrize("preset", PRESETS)
