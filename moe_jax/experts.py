@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.dots import dot
 from moe_jax.errors import nearest
 
 ACTIVATIONS: Mapping[str, Callable] = {
@@ -24,7 +24,7 @@ ACTIVATIONS: Mapping[str, Callable] = {
 def plain_product(context, site: str, pass_: str, rows, a: Array, b: Array, contract: tuple[int, int]) -> Float[Array, "..."]:
     """a times b over axis contract[0] of a and contract[1] of b, both 2-D, accumulated in float32. The clean form of `Experts.product`."""
     del context, site, pass_, rows
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+    return dot(a, b, *contract)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("weights", "context"), meta_fields=("activation", "product", "mask"))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.dots import dot
+
 NORMALISATIONS = ("assignments", "topk")
 
 
@@ -40,7 +42,7 @@ def cross_entropy(
 
 def _logits(hidden, head):
     """Float32 logits; the head is rounded to the hidden's type, sums are float32."""
-    return jax.lax.dot_general(hidden, head.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return dot(hidden, head.astype(hidden.dtype), 1, 1)
 
 
 def _whole(hidden, head, targets, weights, size):
@@ -80,16 +82,16 @@ def _by_tokens_forward(hidden, head, targets, weights, size):
         chosen = jnp.where(word == t[:, None], logits, 0.0).sum(-1)
         losses = jnp.log(total[:, 0]) + top[:, 0] - chosen
         dlogits = (exp * (w[:, None] / total) - jnp.where(word == t[:, None], w[:, None], 0.0)).astype(h.dtype)
-        dh = jax.lax.dot_general(dlogits, head.astype(h.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dhead += jax.lax.dot_general(dlogits, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dh = dot(dlogits, head.astype(h.dtype), 1, 0)
+        dhead += dot(h, dlogits, 0, 0)
         correct = (chosen >= top[:, 0]).astype(jnp.float32)
         return dhead, ((w * losses).sum(), (w * correct).sum(), dh.astype(h.dtype))
 
     dhead, (losses, correct, dh) = jax.lax.scan(
-        one_chunk, jnp.zeros(head.shape, jnp.float32), tuple(_token_chunks((hidden, targets, weights), size))
+        one_chunk, jnp.zeros(head.shape[::-1], jnp.float32), tuple(_token_chunks((hidden, targets, weights), size))
     )
     dh = dh.reshape(-1, hidden.shape[-1])[: hidden.shape[0]]
-    return (losses.sum(), correct.sum()), (dh, dhead.astype(head.dtype))
+    return (losses.sum(), correct.sum()), (dh, dhead.T.astype(head.dtype))
 
 
 def _by_tokens_backward(size, saved, cotangents):

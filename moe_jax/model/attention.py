@@ -25,7 +25,8 @@ def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Arra
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     repeats = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(y, repeats, axis=2) if repeats > 1 else y for y in (k, v))
-    return blockwise.attention(q, k, v, scope.stream("dropout_attention"), scope.tokens, window, scope.dropout)
+    key = scope.stream("dropout_attention") if scope.dropout else scope.key
+    return blockwise.attention(q, k, v, key, scope.tokens, window, scope.dropout)
 
 
 class Attention(nnx.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from moe_jax.dots import dot
 from moe_jax.noise import draws
 
 BLOCK = 128  # queries at a time
@@ -51,7 +52,7 @@ def _forward_block(q, k, v, key, rows, bounds, window, dropout):
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     kept = _drop(weights, key, rows, bounds, dropout).astype(v.dtype)
-    return (_dot(kept, v[first:end], 1, 0) / total).astype(q.dtype), (top + jnp.log(total))[:, 0]
+    return (dot(kept, v[first:end], 1, 0) / total).astype(q.dtype), (top + jnp.log(total))[:, 0]
 
 
 def _backward(window, dropout, saved, d_out):
@@ -65,12 +66,12 @@ def _backward(window, dropout, saved, d_out):
             first, begin, end = bounds
             part = slice(begin, end)
             weights = jnp.exp(_scores(q[part], k[first:end], bounds, window) - norm[part, None])
-            d_weights = _drop(_dot(d_out[part], v[first:end], 1, 1), key, rows, bounds, dropout)
+            d_weights = _drop(dot(d_out[part], v[first:end], 1, 1), key, rows, bounds, dropout)
             d_scores = (weights * (d_weights - through[part, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
             kept = _drop(weights, key, rows, bounds, dropout).astype(q.dtype)
-            d_q.append(_dot(d_scores, k[first:end], 1, 0))
-            d_k = d_k.at[first:end].add(_dot(d_scores, q[part], 0, 0))
-            d_v = d_v.at[first:end].add(_dot(kept, d_out[part], 0, 0))
+            d_q.append(dot(d_scores, k[first:end], 1, 0))
+            d_k = d_k.at[first:end].add(dot(d_scores, q[part], 0, 0))
+            d_v = d_v.at[first:end].add(dot(kept, d_out[part], 0, 0))
         return tuple(d.astype(q.dtype) for d in (jnp.concatenate(d_q), d_k, d_v))
 
     items = (_split(q), _split(k), _split(v), _rows(tokens, q.shape[2]), _split(out), _split(d_out), norm)
@@ -91,7 +92,7 @@ def _scores(q, k, bounds, window):
     first, begin, end = bounds
     distance = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return jnp.where(seen, _dot(q, k, 1, 1) * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen, dot(q, k, 1, 1) * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
 
 def _drop(values, key, rows, bounds, dropout):
@@ -99,10 +100,6 @@ def _drop(values, key, rows, bounds, dropout):
         return values
     first, begin, end = bounds
     return values * draws.dropout_mask(key, rows[begin:end], end - first, dropout, first)
-
-
-def _dot(a, b, contract_a: int, contract_b: int):
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _over_heads(function, items):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from moe_jax import keys
 from moe_jax.axes import ParamSpec
+from moe_jax.dots import dot
 from moe_jax.experts import ACTIVATIONS
 from moe_jax.model.bind import declare
 from moe_jax.model.config import ModelConfig
@@ -58,11 +59,7 @@ def linear(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "..
 
     (The derivative that jax makes by itself multiplies a float32 cotangent by bfloat16 operands, which a CPU does at half the speed.)
     """
-    return _dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
-
-
-def _dot(a, b, contract_a, contract_b):
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
 
 
 def _linear_forward(x, w):
@@ -72,8 +69,8 @@ def _linear_forward(x, w):
 def _linear_backward(saved, dy):
     x, w = saved
     dy = dy.astype(x.dtype)
-    dx = _dot(dy, w.astype(x.dtype), dy.ndim - 1, 1).astype(x.dtype)
-    dw = _dot(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), 0, 0).astype(w.dtype)
+    dx = dot(dy, w.astype(x.dtype), dy.ndim - 1, 1).astype(x.dtype)
+    dw = dot(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), 0, 0).astype(w.dtype)
     return dx, dw
 
 
