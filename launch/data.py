@@ -8,12 +8,9 @@
 Files go to $MOE_JAX_CACHE, else ~/.cache/moe_jax; every download is compared with a pinned sha256. Exit codes: 0 done, 2 usage, 3 data.
 """
 
-import sys
-from collections.abc import Sequence
+from absl import flags
 
-from absl import app, flags
-
-from moe_jax.errors import MoeJaxError
+from launch.common import run
 from moe_jax.train import sources
 
 _LIST = flags.DEFINE_bool("list", False, "Print every source: what it is, its licence, its size, and whether it is in the cache.")
@@ -50,7 +47,7 @@ def describe() -> str:
     )
 
 
-def run() -> None:
+def main(argv: list[str]) -> None:
     """Does what the flags ask for, in the order fetch, list, describe."""
     wanted = [sources.find(name.strip()) for name in _FETCH.value]  # every name is checked before the first download
     for source in wanted:
@@ -61,29 +58,5 @@ def run() -> None:
         print(describe())
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
-    """Flags, with usage errors as one line and exit code 2."""
-    try:
-        extra = flags.FLAGS(arguments)[1:]
-    except flags.Error as error:
-        extra = []
-        _stop(str(error), 2)
-    if extra:
-        _stop(f"unexpected argument {extra[0]!r}; flags are written --name=value", 2)
-    return extra
-
-
-def _stop(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def main(_: Sequence[str]) -> None:
-    try:
-        run()
-    except MoeJaxError as error:
-        _stop(str(error), error.exit_code)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    run(main)

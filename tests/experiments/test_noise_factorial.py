@@ -1,5 +1,9 @@
 """The declared study: its cells, its pairing, its seed preset as it was run."""
 
+import math
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.catalogue import load
@@ -68,3 +72,24 @@ def test_training_flops_of_a_known_shape():
 def test_unknown_names_get_the_nearest(name, message):
     with pytest.raises(ConfigError, match=message):
         load(name)
+
+
+@pytest.mark.slow
+def test_updates_of_the_seed_preset_at_a_micro_batch_of_two():
+    """The 79 M model itself, on made-up tokens: the first loss is that of a uniform guess plus the balance term, and it falls.
+
+    The first update has learning rate 0, as in the seed, so the fall shows from the third loss on.
+    """
+    config = load("noise_factorial:seed").configs()[0]
+    program, rng = config.program(), np.random.default_rng(0)
+    windows = rng.integers(0, config.model.vocab_size, (1, 2, 513)).astype(np.int32)
+    batch = {"tokens": windows[..., :-1], "targets": windows[..., 1:]}
+    state, losses = program.init(jnp.uint32(42)), []
+    for _ in range(4):
+        state, metrics, flags = program.train(state, batch, config.knobs())
+        assert not flags.any()
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1] + config.balance_weight * metrics["balance_loss"][0]))
+    print("losses with the balance term:", losses)
+    balance = 0.01 * config.model.num_layers
+    assert abs(losses[0] - (math.log(49_152) + balance)) < 0.3
+    assert losses[3] < losses[2] < losses[0]
