@@ -17,21 +17,15 @@ import statistics
 import sys
 import time
 
-# On a CPU each call gets fresh buffers, and glibc gives large ones back to the system at once: the next call faults every page in again (26,000 faults a
-# call of blocked at 8 experts). One arena that keeps what it has, in huge pages, leaves a handful; without arena_max the other threads' arenas still fault.
-# Read at start-up, so the script starts itself again with them; all rows run under the same ones.
-TUNABLES = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "arena_max=1", "mmap_max=0", "top_pad=268435456", "trim_threshold=17179869184")  # bytes: 256 MiB, 16 GiB
-)
+from allocator import restart_with_settings
 
 SHAPES = {"e8": dict(T=3072, D=384, F=1536, E=8, K=2), "e128": dict(T=3072, D=256, F=96, E=128, K=8)}
 
 
 def main():
     args = _arguments()
-    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") != TUNABLES and not args.plain_malloc:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": TUNABLES})
+    if not args.plain_malloc:
+        restart_with_settings()
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # runs from a checkout that is not installed
     import jax
     import jax.numpy as jnp
