@@ -4,6 +4,8 @@ One contract (`base.py`), several implementations: `dense` (every expert on ever
 matmul, GPU and TPU). T tokens, D model width, K experts per token.
 """
 
+import sys
+import types
 from collections.abc import Callable
 
 import jax
@@ -70,3 +72,13 @@ def _check_shapes(x, decision: RoutingDecision, experts: Experts, tokens):
         )
     if tokens is not None and tokens.shape != (count,):
         raise ValueError(f"{count} tokens need token numbers of shape ({count},), got {tokens.shape}")
+
+
+class _CallableModule(types.ModuleType):
+    """`mj.dispatch(x, ...)` is a name that users call, and importing this package makes `mj.dispatch` the package: so it can be called."""
+
+    def __call__(self, *args, **kwargs):
+        return dispatch(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

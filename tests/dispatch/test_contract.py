@@ -278,3 +278,13 @@ def test_refusals():
         dispatch(x[:, :4], decision, experts)
     with pytest.raises(ValueError, match=r"token numbers of shape \(13,\), got \(2,\)"):
         dispatch(x, decision, experts, tokens=jnp.arange(2))
+
+
+def test_the_package_itself_can_be_called():
+    """`mj.dispatch(...)` is the documented name, although it is the package that holds the implementations."""
+    import moe_jax as mj
+
+    decision = RoutingDecision(jnp.array([[1], [0]]), jnp.ones((2, 1)))
+    experts = mj.experts.Experts({"up": jnp.ones((2, 3, 4)), "down": jnp.ones((2, 4, 3))})
+    called, named = mj.dispatch(jnp.ones((2, 3)), decision, experts), dispatch(jnp.ones((2, 3)), decision, experts)
+    np.testing.assert_array_equal(called[0], named[0])
