@@ -19,10 +19,10 @@ study: $(VENV)/.installed
 	$(MEMORY) $(BIN)/python -m launch.study --experiment=noise_factorial:quick --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow or network"
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from moe_jax.axes import Rules
 from moe_jax.errors import ConfigError
 
-# Batch over data and fsdp, experts over expert, heads and widths over tensor, parameters' model width over fsdp.
+# Batch over data, experts over expert, heads and widths over tensor, parameters' model width over fsdp.
 DEFAULT_RULES = Rules(
     (
         ("batch", "data"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.errors import NonFinite
+from moe_jax.errors import NonFinite, Stopped
 from moe_jax.studies.design import Design
 from moe_jax.studies.ledger import Ledger, Run
 from moe_jax.train.data import Corpus, Data, DataConfig, build, load_corpus
@@ -74,11 +74,12 @@ def run_study(
     configs = [experiment.config(cell, seed) for cell, seed in waiting]
     with Progress(sum(config.updates for config in configs), label=experiment.name) as progress:
         base = 0
-        for number, ((cell, seed), config) in enumerate(zip(waiting, configs, strict=True), start=1):
+        for (cell, seed), config in zip(waiting, configs, strict=True):
             folder = workdir / "cells" / cell_name(cell, seed)
-            part = _Part(progress, base, f"run {number}/{len(waiting)}")
-            row = _one(experiment, config, cell, seed, folder, shared, part, stop)
+            row, error = _one(experiment, config, cell, seed, folder, shared, _Part(progress, base), stop)
             ledger.append(row)
+            if error is not None:
+                raise error
             failed += row.status == "failed"
             base += config.updates
             if row.status == "finished" and not keep_checkpoints:
@@ -86,20 +87,25 @@ def run_study(
     return Outcome(len(waiting) - failed, failed, shared.compiled(), time.monotonic() - began)
 
 
-def _one(experiment, config, cell, seed, folder, shared: "_Shared", progress, stop) -> Run:
+def _one(experiment, config, cell, seed, folder, shared: "_Shared", progress, stop) -> tuple[Run, Exception | None]:
+    """The run's row, and the error to raise once the row is in the ledger."""
     began = time.monotonic()
     data = shared.data(config)
     where = provenance(config, data)
     try:
         result = run(config, shared.program(config), data, folder, progress, stop)
-    except NonFinite as error:
-        return Run(cell, seed, "failed", seconds=time.monotonic() - began, provenance=where, error=f"{REFUSED}: {error}")
+    except Stopped:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        row = Run(cell, seed, "failed", seconds=time.monotonic() - began, provenance=where, error=text)
+        return row, None if isinstance(error, NonFinite) else error
     wanted = [metric.name for metric in experiment.design.metrics]
     metrics = {name: value for name, value in result.metrics.items() if name in wanted}
     keep = ("train/loss", "eval/loss", "router/load_cv", "optimizer/gradient_norm")
     series = {name: values for name, values in result.series.items() if name in keep}
     arrays = {"load": result.load} if result.load else {}
-    return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where)
+    return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where), None
 
 
 def cell_name(cell: Mapping[str, Any], seed: int) -> str:
@@ -117,7 +123,10 @@ class _Shared:
         self._data: tuple[tuple[DataConfig, int], Data] | None = None
 
     def program(self, config: RunConfig) -> Program:
-        return self._programs.setdefault(config.structure(), config.program())
+        structure = config.structure()
+        if structure not in self._programs:
+            self._programs[structure] = config.program()
+        return self._programs[structure]
 
     def data(self, config: RunConfig) -> Data:
         key = (config.data, config.data_seed)
@@ -134,8 +143,8 @@ class _Shared:
 class _Part:
     """The progress of one run as a part of the study's."""
 
-    def __init__(self, progress: Progress, base: int, label: str):
-        self._progress, self._base, self._label = progress, base, label
+    def __init__(self, progress: Progress, base: int):
+        self._progress, self._base = progress, base
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
         self._progress.update(self._base + step, metrics, tokens)

@@ -262,6 +262,8 @@ class _Recorder:
     def add(self, step: int, values: Mapping[str, float], always: bool = False) -> None:
         if not (always or step % self._every == 0 or step == 1):
             return
+        if self.rows and self.rows[-1] == {"step": step, **values}:
+            return  # a run killed after its last evaluation makes it again
         self.rows.append({"step": step, **values})
         if self._writer is not None:
             self._writer.write(step, values)

@@ -95,6 +95,20 @@ def test_a_failure_is_kept_and_not_repeated(smoke, tmp_path, monkeypatch):
     assert len(ledger.failed()) == 1 and not ledger.missing()
 
 
+def test_an_unforeseen_error_is_kept_and_raised(smoke, tmp_path, monkeypatch):
+    """The ledger has a failed row that says what happened, and the run is tried again by the next call."""
+
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(runner, "run", broken)
+    with pytest.raises(MemoryError):
+        run_study(smoke, tmp_path)
+    ledger = Ledger.read(tmp_path)
+    assert [failure.error for failure in ledger.failed()] == ["MemoryError: no room"]
+    assert len(todo(ledger)) == 12
+
+
 def test_two_structures_are_two_programs(smoke, tmp_path):
     """A change that alters the program (the gate's optimizer) compiles again; a change of a value does not."""
 

@@ -68,6 +68,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(unbroken, program, data, tmp_pat
     assert program.compiled["train"] == 1
 
 
+def test_a_run_killed_after_its_last_evaluation_records_it_once(unbroken, program, data, tmp_path):
+    """Everything was written but the ledger's row: run again, the curves are those of the run that was not killed."""
+    run(CONFIG, program, data, tmp_path)
+    again = run(CONFIG, program, data, tmp_path)
+    assert again.series == unbroken.series and again.metrics == unbroken.metrics and again.load == unbroken.load
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [6, 12]
+
+
 def test_a_lost_checkpoint_step_falls_back(unbroken, program, data, tmp_path):
     """The newest checkpoint is damaged: the one before it is used, and the end is the same."""
     polls = iter(range(100))

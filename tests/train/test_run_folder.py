@@ -63,7 +63,8 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path, hold):
 def test_a_lock_file_that_names_a_living_pid_which_does_not_hold_it_is_taken_over(tmp_path):
     # The pid of a dead holder, given to another process since: here, to this one.
     (tmp_path / "lock").write_text(json.dumps({"pid": os.getpid(), "host": "x", "since": "then", "boot_id": run_folder._boot_id()}))
-    RunFolder(tmp_path).close()
+    with RunFolder(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["host"] != "x"
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path, hold):
@@ -116,7 +117,8 @@ def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00" * 20, "5"])
 def test_a_damaged_lock_file_is_no_obstacle(tmp_path, text):
     (tmp_path / "lock").write_text(text)
-    RunFolder(tmp_path).close()
+    with RunFolder(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_start_says_what_ran(tmp_path):
