@@ -100,8 +100,8 @@ def has_torch(python: str) -> bool:
 # --- our side ---------------------------------------------------------------------------------------------------------------------
 
 
-def setting(dtype: str):
-    """(program, knobs): the seed's model and optimizer with gate noise on; Newton-Schulz in bfloat16, as in the seed and in the torch step."""
+def setting(dtype: str, noise: str = "router_logits=additive:0.1:phases=train"):
+    """(program, knobs): the seed's model and optimizer with gate noise on, or another; Newton-Schulz in bfloat16, as in the seed and in the torch step."""
     import jax.numpy as jnp
 
     from moe_jax.model import DTypePolicy, ModelConfig
@@ -113,8 +113,8 @@ def setting(dtype: str):
 
     model = ModelConfig.preset("seed_79m", dtypes=DTypePolicy(compute=dtype))
     optimizer = OptimizerConfig(ns_dtype="bfloat16", ns_form="standard", schedule="warmup_constant", warmup=0)
-    noise = NoiseSpec.parse("router_logits=additive:0.1:phases=train").resolve(model.num_layers)
-    return Program(model, optimizer, Objective()), Knobs(noise, jnp.uint32(0), jnp.float32(0.01), jnp.float32(0.0))
+    resolved = model.resolve(NoiseSpec.parse(noise)) if noise else None
+    return Program(model, optimizer, Objective()), Knobs(resolved, jnp.uint32(0), jnp.float32(0.01), jnp.float32(0.0))
 
 
 def worker(dtype: str) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.dots import dot
 from moe_jax.errors import nearest
 
 ACTIVATIONS: Mapping[str, Callable] = {
@@ -21,29 +21,20 @@ ACTIVATIONS: Mapping[str, Callable] = {
 }
 
 
-def plain_product(context, site: str, pass_: str, rows, a: Array, b: Array, contract: tuple[int, int]) -> Float[Array, "..."]:
-    """a times b over axis contract[0] of a and contract[1] of b, both 2-D, accumulated in float32. The clean form of `Experts.product`."""
-    del context, site, pass_, rows
-    return dot(a, b, *contract)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weights", "context"), meta_fields=("activation", "product", "mask"))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weights", "operators", "context"), meta_fields=("activation", "mask"))
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """E expert MLPs and how they compute; what a dispatch implementation applies to the rows that the router sent.
 
-    The functions are static and read arrays only through `context`, so that they may stand inside a custom derivative and a shard_map.
-    They are functions of the rows' logical numbers: where a row is computed changes nothing.
+    Operators and mask are functions of the rows' logical numbers: where a row is computed changes nothing.
     """
 
     weights: dict[str, Array]  # up [E,D,F], down [E,F,D], and gate [E,D,F] when gated; may be wider in type than the rows
-    context: Any = None  # pytree of arrays that `product` and `mask` read (noise scales, keys)
+    operators: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the matmuls that are not exact: see moe_jax.products
+    context: Any = None  # pytree of arrays that `mask` reads
     activation: str = "silu"
-    # (context, site, pass_, rows Int[R], a, b, contract) -> float32 product. site: expert_gate | expert_up | expert_down; pass_: one of
-    # keys.PASSES.
-    # "grad_weight" products are partial sums over a block of rows: what perturbs dW belongs outside, on the cotangent of the weights.
-    product: Callable = plain_product
-    # (context, rows Int[R], width) -> Float[R, width], multiplied into the hidden layer (dropout); None: no multiplication at all.
+    # (context, rows Int[R], width) -> Float[R, width], multiplied into the hidden layer (dropout); None: no multiplication at all. Static, so that it may
+    # stand inside a custom derivative and a shard_map.
     mask: Callable | None = None
 
     def __post_init__(self):
@@ -61,15 +52,14 @@ class Experts:
         return self.weights["up"].shape[0]
 
     def hidden(self, up: Float[Array, "R F"], gate: Float[Array, "R F"] | None, rows: Int[Array, "R"]) -> Float[Array, "R F"]:
-        """The hidden layer from its pre-activations, with the mask applied; elementwise, in the type of `up`."""
-        act = ACTIVATIONS[self.activation]
-        hidden = act(up) if gate is None else act(gate) * up
-        return hidden if self.mask is None else hidden * self.mask(self.context, rows, hidden.shape[-1]).astype(hidden.dtype)
+        """The hidden layer from its pre-activations, with the mask applied; computed in float32, returned in the type of `up`."""
+        act, exact = ACTIVATIONS[self.activation], up.astype(jnp.float32)
+        hidden = act(exact) if gate is None else act(gate.astype(jnp.float32)) * exact
+        return (hidden if self.mask is None else hidden * self.mask(self.context, rows, hidden.shape[-1])).astype(up.dtype)
 
 
 def expert_mlp(x: Float[Array, "R D"], rows: Int[Array, "R"], experts: Experts, grouped_dot: Callable) -> Float[Array, "R D"]:
-    """The MLP of every row, with `grouped_dot(x, w, site)` multiplying each row by its own expert's matrix; the result is float32."""
-    w = experts.weights
-    up = grouped_dot(x, w["up"], "expert_up").astype(x.dtype)
-    gate = grouped_dot(x, w["gate"], "expert_gate").astype(x.dtype) if experts.gated else None
-    return grouped_dot(experts.hidden(up, gate, rows), w["down"], "expert_down")
+    """The MLP of every row, with `grouped_dot(x, name)` multiplying each row by its own expert's matrix of that name; the result is float32."""
+    up = grouped_dot(x, "up").astype(x.dtype)
+    gate = grouped_dot(x, "gate").astype(x.dtype) if experts.gated else None
+    return grouped_dot(experts.hidden(up, gate, rows), "down")

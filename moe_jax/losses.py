@@ -4,14 +4,18 @@ T tokens, D model width, V vocabulary, E experts, K experts chosen per token.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.dots import dot
+from moe_jax.errors import Unsupported
+from moe_jax.products import matmul, partial_sums, product, sum_count, weight_gradient
 
 NORMALISATIONS = ("assignments", "topk")
+BLOCK = 2048  # words at a time on a CPU, whose cache holds their logits
 
 
 def cross_entropy(
@@ -20,13 +24,17 @@ def cross_entropy(
     targets: Int[Array, "T"],
     weights: Float[Array, "T"],
     chunk: str = "tokens",
-    size: int = 512,
+    size: int = 2048,
+    operator: Any = None,
+    rows: Int[Array, "T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, tuple[jax.Array, jax.Array]]]:
     """Sum over tokens of weights * (-log softmax(hidden head^T)[target]) in nats, and metrics.
 
-    chunk: "tokens" takes `size` tokens at a time and makes the gradient in the forward pass, so that logits are computed once and never
-    kept; "vocabulary" takes `size` words at a time and computes logits again in the backward pass (least memory); "none" holds all
-    logits. Logits are float32 whatever the type of hidden. The weights get no gradient. Metrics: loss (sum, count) and accuracy (sum, count), without gradient.
+    chunk: "tokens" takes `size` tokens at a time and makes the gradient in the forward pass, so that logits are computed once (it holds
+    size * V numbers of hidden's type); "vocabulary" takes `size` words at a time and computes logits again in the backward pass (least
+    memory); "none" holds all logits. Logits are float32 whatever the type of hidden. operator, rows: how the head's products are computed
+    (moe_jax.products), which the chunks of the vocabulary do not offer, and the tokens' global numbers. The weights get no gradient.
+    Metrics: loss (sum, count) and accuracy (sum, count), without gradient.
     """
     sizes = (hidden.shape[0], targets.shape[0], weights.shape[0])
     if len(set(sizes)) > 1:
@@ -34,23 +42,29 @@ def cross_entropy(
     functions = {"tokens": _by_tokens, "vocabulary": _by_vocabulary, "none": _whole}
     if chunk not in functions:
         raise ValueError(f"unknown loss chunk {chunk!r}; known: {', '.join(functions)}")
-    loss, correct = functions[chunk](hidden, head, targets, jax.lax.stop_gradient(weights.astype(jnp.float32)), size)
+    if operator is not None and chunk == "vocabulary":
+        raise Unsupported("noise at lm_head needs the logits of all words at once; set loss_chunk to tokens or none")
+    rows = jnp.arange(targets.shape[0]) if rows is None else rows
+    loss, correct = functions[chunk](hidden, head, targets, jax.lax.stop_gradient(weights.astype(jnp.float32)), operator, rows, size)
     count = weights.sum(dtype=jnp.float32)
     stop = jax.lax.stop_gradient
     return loss, {"loss": (stop(loss), count), "accuracy": (stop(correct), count)}
 
 
-def _logits(hidden, head):
-    """Float32 logits; the head is rounded to the hidden's type, sums are float32."""
-    return dot(hidden, head.astype(hidden.dtype), 1, 1)
-
-
-def _whole(hidden, head, targets, weights, size):
-    logits = _logits(hidden, head)
+def _whole(hidden, head, targets, weights, operator, rows, size=None):
+    logits = matmul(hidden, head, operator, rows, transposed=True)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     # right when the target reaches the largest logit; exact ties count as right
     correct = (chosen >= logits.max(-1)).astype(jnp.float32)
     return (weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum(), (weights * correct).sum()
+
+
+def _blocks(head, size):
+    """The head as [blocks, words, D] with at most `size` words in each, padded with zeros."""
+    words, width = head.shape
+    count = -(-words // size)
+    length = -(-words // count)
+    return jnp.pad(head, ((0, count * length - words), (0, 0))).reshape(count, length, width)
 
 
 # --- chunks of tokens -------------------------------------------------------------------------------------------------------------
@@ -65,39 +79,87 @@ def _token_chunks(arrays, size):
     return [jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:]) for a in arrays]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_tokens(hidden, head, targets, weights, size):
-    sums = jax.lax.map(lambda c: _whole(c[0], head, c[1], c[2], size), tuple(_token_chunks((hidden, targets, weights), size)))
-    return sums[0].sum(), sums[1].sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _by_tokens(hidden, head, targets, weights, operator, rows, size):
+    words, blocks = head.shape[0], _blocks(head, _block_size(head, operator))
+
+    def one_chunk(chunk):
+        h, t, w, row = chunk
+        return _loss(*_sweep(h, blocks, words, t, operator, row)[0], w)
+
+    losses, correct = jax.lax.map(one_chunk, tuple(_token_chunks((hidden, targets, weights, rows), size)))
+    return losses.sum(), correct.sum()
 
 
-def _by_tokens_forward(hidden, head, targets, weights, size):
-    def one_chunk(dhead, chunk):
-        h, t, w = chunk
-        logits = _logits(h, head)
-        top = logits.max(axis=-1, keepdims=True)
-        exp = jnp.exp(logits - top)
-        total = exp.sum(-1, keepdims=True)
-        word = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        chosen = jnp.where(word == t[:, None], logits, 0.0).sum(-1)
-        losses = jnp.log(total[:, 0]) + top[:, 0] - chosen
-        dlogits = (exp * (w[:, None] / total) - jnp.where(word == t[:, None], w[:, None], 0.0)).astype(h.dtype)
-        dh = dot(dlogits, head.astype(h.dtype), 1, 0)
-        dhead += dot(h, dlogits, 0, 0)
-        correct = (chosen >= top[:, 0]).astype(jnp.float32)
-        return dhead, ((w * losses).sum(), (w * correct).sum(), dh.astype(h.dtype))
+def _block_size(head, operator) -> int:
+    """Words at a time: few on a CPU, whose cache holds their logits; all where a row's noise depends on the whole row."""
+    parts = operator is None or operator.elementwise
+    return BLOCK if parts and jax.default_backend() == "cpu" else head.shape[0]
 
-    dhead, (losses, correct, dh) = jax.lax.scan(
-        one_chunk, jnp.zeros(head.shape[::-1], jnp.float32), tuple(_token_chunks((hidden, targets, weights), size))
-    )
-    dh = dh.reshape(-1, hidden.shape[-1])[: hidden.shape[0]]
-    return (losses.sum(), correct.sum()), (dh, dhead.T.astype(head.dtype))
+
+def _sweep(h, blocks, words: int, t, operator, row, kept=None) -> tuple[tuple[Any, Any, Any], Any]:
+    """((top, total, chosen) of each token's logits, stacks): a running maximum and sum over blocks of words, as in FlashAttention (Dao et al. 2022).
+
+    stacks: with a type `kept`, each block's exponentials in it and the maximum that was subtracted.
+    """
+    length = blocks.shape[1]
+
+    def one_block(carry, item):
+        (top, total, chosen), (index, matrix) = carry, item
+        first = index * length
+        logits = product(
+            operator, "forward", row, h, matrix.astype(h.dtype), lambda a, b: dot(a, b, 1, 1), axis=-1, part=(first, len(blocks) * length)
+        )
+        if words % length:
+            logits = jnp.where(first + jnp.arange(length) < words, logits, -jnp.inf)
+        chosen = jnp.where(t // length == index, jnp.take_along_axis(logits, (t % length)[:, None], 1)[:, 0], chosen)
+        high = jnp.maximum(top, logits.max(-1))
+        exp = jnp.exp(logits - high[:, None])
+        total = total * jnp.exp(top - high) + exp.sum(-1)
+        return (high, total, chosen), None if kept is None else (jax.lax.bitcast_convert_type(exp.astype(h.dtype), kept), high)
+
+    zero = jnp.zeros(t.shape, jnp.float32)
+    return jax.lax.scan(one_block, (zero - jnp.inf, zero, zero), (jnp.arange(len(blocks)), blocks))
+
+
+def _loss(top, total, chosen, w):
+    return (w * (jnp.log(total) + top - chosen)).sum(), (w * (chosen >= top)).sum()
+
+
+def _by_tokens_forward(hidden, head, targets, weights, operator, rows, size):
+    words, blocks = head.shape[0], _blocks(head, _block_size(head, operator))
+    length, width = blocks.shape[1:]
+    inside, after = (operator, None) if len(blocks) == 1 else (None, operator)  # dX has its error where it is whole
+    kept = jnp.uint16 if hidden.dtype.itemsize == 2 else hidden.dtype  # XLA:CPU converts a whole bfloat16 stack for each part stored in it
+
+    def one_chunk(sums, chunk):
+        h, t, w, row = chunk
+        (top, total, chosen), stacks = _sweep(h, blocks, words, t, operator, row, kept)
+
+        def one_block(dh, item):
+            index, matrix, sums, exp, high = item
+            exp = jax.lax.bitcast_convert_type(exp, h.dtype).astype(jnp.float32)
+            d_target = w * (jnp.exp(chosen - top) / total - 1.0)
+            others = exp * (w / total * jnp.exp(high - top))[:, None]
+            dlogits = jnp.where(index * length + jnp.arange(length) == t[:, None], d_target[:, None], others).astype(h.dtype)
+            dh = dh + product(inside, "grad_input", row, dlogits, matrix.astype(h.dtype), lambda a, b: dot(a, b, 1, 0), axis=-1)
+            return dh, jax.tree.map(jnp.add, sums, partial_sums(operator, h, dlogits, lambda a, b: dot(a, b, 0, 0)))
+
+        dh, sums = jax.lax.scan(one_block, jnp.zeros(h.shape, jnp.float32), (jnp.arange(len(blocks)), blocks, sums, *stacks))
+        dh = product(after, "grad_input", row, h, None, lambda *_: dh)
+        return sums, (*_loss(top, total, chosen, w), dh.astype(h.dtype))
+
+    chunks = tuple(_token_chunks((hidden, targets, weights, rows), size))
+    empty = (jnp.zeros((len(blocks), width, length), jnp.float32),) * sum_count(operator)
+    sums, (losses, correct, dh) = jax.lax.scan(one_chunk, empty, chunks)
+    dhead = weight_gradient(operator, tuple(part.transpose(0, 2, 1).reshape(-1, width)[:words] for part in sums))
+    return (losses.sum(), correct.sum()), (dh.reshape(-1, width)[: len(targets)], dhead.astype(head.dtype))
 
 
 def _by_tokens_backward(size, saved, cotangents):
     dh, dhead = saved
     scale = cotangents[0]
-    return (scale * dh).astype(dh.dtype), (scale * dhead).astype(dhead.dtype), None, None
+    return (scale * dh).astype(dh.dtype), (scale * dhead).astype(dhead.dtype), None, None, None, None
 
 
 _by_tokens.defvjp(_by_tokens_forward, _by_tokens_backward)
@@ -106,19 +168,16 @@ _by_tokens.defvjp(_by_tokens_forward, _by_tokens_backward)
 # --- chunks of the vocabulary -----------------------------------------------------------------------------------------------------
 
 
-def _by_vocabulary(hidden, head, targets, weights, size):
+def _by_vocabulary(hidden, head, targets, weights, operator, rows, size):
     """A running log-sum-exp over chunks of words; each chunk's logits are computed again in the backward pass."""
-    words, width = head.shape
-    chunks = -(-words // size)
-    blocks = jnp.pad(head, ((0, chunks * size - words), (0, 0))).reshape(chunks, size, width)
+    words, blocks = head.shape[0], _blocks(head, size)
 
     @jax.checkpoint
     def one_chunk(carry, block):
         top, total, chosen, best = carry
         index, matrix = block
-        logits = _logits(hidden, matrix)
-        word = index * size + jnp.arange(size)
-        logits = jnp.where(word < words, logits, -jnp.inf)
+        word = index * len(matrix) + jnp.arange(len(matrix))
+        logits = jnp.where(word < words, matmul(hidden, matrix, transposed=True), -jnp.inf)
         high = jax.lax.stop_gradient(jnp.maximum(top, logits.max(-1)))
         total = total * jnp.exp(top - high) + jnp.exp(logits - high[:, None]).sum(-1)
         chosen = chosen + jnp.where(word == targets[:, None], logits, 0.0).sum(-1)
@@ -126,7 +185,7 @@ def _by_vocabulary(hidden, head, targets, weights, size):
 
     low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
     zero = jnp.zeros(targets.shape, jnp.float32)
-    (top, total, chosen, best), _ = jax.lax.scan(one_chunk, (low, zero, zero, low), (jnp.arange(chunks), blocks))
+    (top, total, chosen, best), _ = jax.lax.scan(one_chunk, (low, zero, zero, low), (jnp.arange(len(blocks)), blocks))
     losses = jnp.log(total) + top - chosen
     return (weights * losses).sum(), (weights * (chosen >= best)).sum()
 

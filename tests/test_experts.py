@@ -1,4 +1,4 @@
-"""The expert MLP against NumPy: gated and not, every activation, the mask, and rows and sites handed on as they are."""
+"""The expert MLP against NumPy: gated and not, every activation, the mask, and rows and names handed on as they are."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from moe_jax.experts import Experts, expert_mlp, plain_product
+from moe_jax.experts import Experts, expert_mlp
 
 R, D, F, E = 7, 5, 6, 3
 X = jax.random.normal(jax.random.key(0), (R, D))
@@ -20,10 +20,13 @@ def make(gated=True, **options) -> Experts:
     return Experts({name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in shapes.items()}, **options)
 
 
-def per_row(x, w, site):
-    """Each row times its own expert's matrix."""
-    del site
-    return jnp.einsum("rd,rdf->rf", x, w[EXPERT].astype(x.dtype), preferred_element_type=jnp.float32)
+def per_row(experts):
+    """Each row times its own expert's matrix of a name."""
+
+    def dot(x, name):
+        return jnp.einsum("rd,rdf->rf", x, experts.weights[name][EXPERT].astype(x.dtype), preferred_element_type=jnp.float32)
+
+    return dot
 
 
 NUMPY = {
@@ -49,20 +52,20 @@ def reference(x, experts, activation, mask=1.0):
 def test_against_numpy(gated, activation):
     experts = make(gated, activation=activation)
     assert experts.gated == gated and experts.count == E
-    y = jax.jit(expert_mlp, static_argnums=3)(X, ROWS, experts, per_row)
+    y = jax.jit(lambda x, experts: expert_mlp(x, ROWS, experts, per_row(experts)))(X, experts)
     np.testing.assert_allclose(y, reference(X, experts, activation), rtol=2e-5, atol=2e-5)
 
 
 def test_the_result_is_float32_and_the_hidden_layer_of_the_inputs_type():
-    seen = {}
+    seen, experts = {}, make()
 
-    def dot(x, w, site):
-        seen[site] = (x.dtype, w.dtype)
-        return per_row(x, w, site)
+    def dot(x, name):
+        seen[name] = x.dtype
+        return per_row(experts)(x, name)
 
-    y = expert_mlp(X.astype("bfloat16"), ROWS, make(), dot)
+    y = expert_mlp(X.astype("bfloat16"), ROWS, experts, dot)
     assert y.dtype == jnp.float32
-    assert seen == {site: (jnp.bfloat16, jnp.float32) for site in ("expert_up", "expert_gate", "expert_down")}
+    assert seen == dict.fromkeys(("up", "gate", "down"), jnp.bfloat16)
 
 
 def test_the_mask_gets_the_context_and_the_rows_and_multiplies_the_hidden_layer():
@@ -73,17 +76,9 @@ def test_the_mask_gets_the_context_and_the_rows_and_multiplies_the_hidden_layer(
         return jnp.full((rows.shape[0], width), 3.0)
 
     experts = make(False, context={"scale": jnp.ones(())}, mask=mask)
-    y = expert_mlp(X, ROWS, experts, per_row)
+    y = expert_mlp(X, ROWS, experts, per_row(experts))
     np.testing.assert_allclose(y, reference(X, experts, "silu", mask=3.0), rtol=2e-5, atol=2e-5)
     assert seen["rows"] is ROWS and seen["width"] == F and set(seen["context"]) == {"scale"}
-
-
-def test_plain_product_contracts_what_it_is_told_to():
-    a, b = jax.random.normal(jax.random.key(2), (4, 5)), jax.random.normal(jax.random.key(3), (5, 4))
-    exact_a, exact_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(plain_product(None, "", "", None, a, b, (1, 0)), exact_a @ exact_b, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(plain_product(None, "", "", None, a, b, (0, 1)), exact_a.T @ exact_b.T, rtol=1e-5, atol=1e-6)
-    assert plain_product(None, "", "", None, a.astype("bfloat16"), b.astype("bfloat16"), (1, 0)).dtype == jnp.float32
 
 
 def test_unknown_activation():

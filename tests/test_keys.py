@@ -17,8 +17,8 @@ def words(key) -> tuple[int, int]:
     return tuple(int(word) for word in key)
 
 
-def stream_of(layer=2, site="router_logits", pass_="forward", **draw):
-    return words(keys.stream(Draw(**(BASE | draw)).key(), layer, site, pass_))
+def stream_of(layer=2, site="router_logits", pass_="forward", fixed=False, **draw):
+    return words(keys.stream(Draw(**(BASE | draw)).key(fixed), layer, site, pass_))
 
 
 def test_mix_is_a_bijection_that_flips_half_the_bits():

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from moe_jax import losses, routing
+from moe_jax.errors import Unsupported
+from moe_jax.keys import PASSES, Draw
+from moe_jax.noise import Operator
 
 T, D, V, E, K = 22, 12, 29, 5, 2  # no chunk below divides T or V
 CHUNKS = [("none", 8), ("tokens", 8), ("tokens", 100), ("vocabulary", 8), ("vocabulary", 100)]
@@ -47,8 +50,9 @@ def test_the_three_methods_are_different_programs():
     assert whole in texts[0] and whole not in texts[1] and whole not in texts[2]  # the chunked ones never hold all logits
 
 
-@pytest.mark.parametrize("chunk, size", CHUNKS)
-def test_cross_entropy_against_float64(chunk, size):
+@pytest.mark.parametrize("chunk, size, block", [(*case, losses.BLOCK) for case in CHUNKS] + [("tokens", 8, 8), ("tokens", 100, 6)])
+def test_cross_entropy_against_float64(chunk, size, block, monkeypatch):
+    monkeypatch.setattr(losses, "BLOCK", block)  # words at a time; neither 8 nor 6 divides V
     (loss, metrics), (d_hidden, d_head) = jax.jit(value_and_gradients(chunk, size))(HIDDEN, HEAD)
     expected, accuracy, expected_hidden, expected_head = reference(HIDDEN, HEAD, TARGETS, WEIGHTS)
     assert accuracy > 0, "no prediction is right: the accuracy is not tested"
@@ -92,6 +96,43 @@ def test_cross_entropy_of_large_logits_is_finite(chunk):
     (loss, _), gradients = jax.jit(value_and_gradients(chunk, 8))(100 * HIDDEN, 10 * HEAD)
     np.testing.assert_allclose(loss, reference(100 * HIDDEN, 10 * HEAD, TARGETS, WEIGHTS)[0], rtol=1e-5)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+# kind: passes; a rounding of gradients would turn the last bit of a sum into a step of the format
+NOISY = {kind: PASSES for kind in ("relative", "additive", "jitter", "accumulation", "rms_relative", "bias")} | {"quantise": ("forward",)}
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_a_noisy_head_in_chunks_is_the_noisy_head(kind, monkeypatch):
+    """Chunks of tokens, and blocks of words in them, have the draws that all logits at once have: loss and both gradients, and without a derivative."""
+    monkeypatch.setattr(losses, "BLOCK", 8)  # does not divide V
+    scale, form = (1.0, "fp8_e5m2") if kind == "quantise" else (0.2, None)
+    operator = Operator(jnp.float32(scale), Draw(3).key(), "lm_head", kind, NOISY[kind], form)
+    rows = 100 + 3 * jnp.arange(T)
+
+    def loss(chunk, operator):
+        return lambda h, w: losses.cross_entropy(h, w, TARGETS, WEIGHTS, chunk, 8, operator, rows)
+
+    @jax.jit
+    def run(operator):
+        return [jax.value_and_grad(loss(chunk, operator), (0, 1), has_aux=True)(HIDDEN, HEAD) for chunk in ("tokens", "none")], loss(
+            "tokens", operator
+        )(HIDDEN, HEAD)
+
+    (((value, metrics), found), ((wanted, wanted_metrics), gradients)), (alone, alone_metrics) = run(operator)
+    exact = reference(HIDDEN, HEAD, TARGETS, WEIGHTS)
+    assert abs(wanted / exact[0] - 1) > 1e-4, "no noise: the test is empty"
+    np.testing.assert_allclose([value, alone], [wanted, wanted], rtol=1e-5)
+    np.testing.assert_allclose([metrics["accuracy"][0], alone_metrics["accuracy"][0]], [wanted_metrics["accuracy"][0]] * 2, rtol=1e-5)
+    for name, a, b, clean in zip(("hidden", "head"), found, gradients, exact[2:], strict=True):
+        assert abs(b - clean).max() > 1e-3
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_a_noisy_head_in_chunks_of_words_is_refused():
+    operator = Operator(jnp.float32(0.2), Draw(3).key(), "lm_head", "relative", PASSES)
+    with pytest.raises(Unsupported, match="noise at lm_head .* set loss_chunk to tokens or none"):
+        losses.cross_entropy(HIDDEN, HEAD, TARGETS, WEIGHTS, "vocabulary", 8, operator, jnp.arange(T))
 
 
 def test_unknown_chunk():

@@ -3,7 +3,7 @@
     y[t] = sum_k weights[t, k] * mlp_{ids[t, k]}(x[t])
 
 No implementation may change the decision, drop a row without counting it, or let a result depend on the order or place in which rows are
-computed beyond rounding. Products go through `experts.product` with the rows' logical numbers (token*K + slot), so that whatever is drawn
+computed beyond rounding. Products are those of `moe_jax.products` with the rows' logical numbers (token*K + slot), so that whatever is drawn
 there is the same in every implementation. T tokens, D model width, E experts, K experts per token.
 """
 

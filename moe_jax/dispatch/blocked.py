@@ -3,7 +3,7 @@
 `tiles.py` lays the tiles out. One loop per size class has a traced count, so no tile is computed for nothing. Rows of x are gathered inside the loop;
 results are written side by side, and each token gathers its K rows. The derivative is by hand, tile by tile: no rows are ever scattered or added in
 place, and an expert's weight gradient is accumulated in the loop's carry. Saved for it: the pre-activations of all rows, [rows, F] in the type of x
-(twice when gated), and, only when the product is perturbed, its output [rows, D] in float32. The hidden layer and its mask are computed again.
+(twice when gated), and, only when the last product is not exact, its output [rows, D] in float32. The hidden layer and its mask are computed again.
 T tokens, D model width, E experts, K experts per token, F expert width, R rows of one tile.
 """
 
@@ -16,7 +16,9 @@ from jax import lax
 
 from moe_jax.dispatch.base import DispatchStats, row_numbers
 from moe_jax.dispatch.tiles import Tables, Tiling, make_tables
-from moe_jax.experts import Experts, plain_product
+from moe_jax.dots import dot, made_once
+from moe_jax.experts import Experts
+from moe_jax.products import partial_sums, product, sum_count, weight_gradient
 from moe_jax.routing import RoutingDecision
 
 
@@ -42,16 +44,16 @@ def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbe
     def one_tile(rows: _Rows, carry):
         saved, out = carry
         x_rows = _floats(_take(x_bits, rows.assignment // weights.shape[1]), x.dtype)
-        pre = {name: _product(experts, name, "forward", rows, x_rows, (1, 0)).astype(x.dtype) for name in names}
+        pre = {name: _product(experts, name, "forward", rows, x_rows).astype(x.dtype) for name in names}
         hidden = experts.hidden(pre["up"], pre.get("gate"), rows.number)
-        y_rows = _product(experts, "down", "forward", rows, hidden, (1, 0))
+        y_rows = _product(experts, "down", "forward", rows, hidden)
         return {name: _put(saved[name], _bits(pre[name]), rows.start) for name in names}, _put(out, y_rows, rows.start)
 
     empty = {name: jnp.zeros((tiling.rows, width), x_bits.dtype) for name in names}
     carry = (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32))
     saved, out = _each_tile(tiling, tables, numbers, one_tile, carry)
     y = _combine(out, tables, weights).astype(x.dtype)
-    kept = None if experts.product is plain_product else out
+    kept = out if "down" in experts.operators else None
     return y, (x, weights, experts, tables, numbers, saved, kept)
 
 
@@ -69,28 +71,31 @@ def _backward(tiling: Tiling, residuals, dy):
         hidden, pull = jax.vjp(lambda up, gate=None: experts.hidden(up, gate, rows.number), *pre)
         weighted = (dy_rows * gate).astype(x.dtype)
         if kept is None:  # <dy, hidden W> = <dy W^T, hidden>, and the product commutes with the weight: the output need not be kept
-            unweighted = _product(experts, "down", "grad_input", rows, dy_rows, (1, 1))
+            unweighted = _product(experts, "down", "grad_input", rows, dy_rows)
             d_hidden, d_weight = unweighted * gate, (unweighted * hidden).sum(1)
         else:  # a perturbation in padding is no gradient: what comes back for those rows is set to zero
-            d_hidden = jnp.where(rows.filled[:, None], _product(experts, "down", "grad_input", rows, weighted, (1, 1)), 0.0)
+            d_hidden = jnp.where(rows.filled[:, None], _product(experts, "down", "grad_input", rows, weighted), 0.0)
             d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, rows.size) * dy_rows).sum(1)
+            hidden = made_once(hidden, rows.start >= 0)
         d_experts = _accumulate(experts, d_experts, "down", rows, hidden, weighted)
         x_rows, dx_rows = _floats(_take(x_bits, token), x.dtype), 0.0
         for name, d_pre in zip(names, pull(d_hidden.astype(x.dtype)), strict=True):
-            dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre, (1, 1))
+            dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre)
             d_experts = _accumulate(experts, d_experts, name, rows, x_rows, d_pre)
         return _put(dx_out, dx_rows, rows.start), _put(d_weight_out, d_weight, rows.start), d_experts
 
     carry = (
         jnp.zeros((tiling.rows, x.shape[1]), jnp.float32),
         jnp.zeros((tiling.rows,), jnp.float32),
-        {name: jnp.zeros(w.shape, jnp.float32) for name, w in experts.weights.items()},
+        {name: (jnp.zeros(w.shape, jnp.float32),) * sum_count(experts.operators.get(name)) for name, w in experts.weights.items()},
     )
     dx_rows, d_weight, d_experts = _each_tile(tiling, tables, numbers, one_tile, carry)
     dx = _combine(dx_rows, tables, jnp.ones_like(weights)).astype(x.dtype)
     d_weights = _take(d_weight, tables.row_of).reshape(weights.shape).astype(weights.dtype)
-    d_experts = {name: value.astype(experts.weights[name].dtype) for name, value in d_experts.items()}
-    return dx, d_weights, dataclasses.replace(experts, weights=d_experts, context=None), None, None
+    found = {
+        name: weight_gradient(experts.operators.get(name), sums).astype(experts.weights[name].dtype) for name, sums in d_experts.items()
+    }
+    return dx, d_weights, dataclasses.replace(experts, weights=found, operators=dict.fromkeys(experts.operators), context=None), None, None
 
 
 _weighted_sum.defvjp(_forward, _backward)
@@ -132,18 +137,20 @@ def _inputs(experts: Experts) -> tuple[str, ...]:
     return ("up", "gate") if experts.gated else ("up",)
 
 
-def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a, contract: tuple[int, int]):
-    """float32 product of the tile's rows with its expert's matrix, through the hook."""
+def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a):
+    """float32 product of the tile's rows with its expert's matrix, or in the pass grad_input with its transpose."""
     w = lax.dynamic_index_in_dim(experts.weights[name], rows.expert, keepdims=False).astype(a.dtype)
-    return experts.product(experts.context, f"expert_{name}", pass_, rows.number, a, w, contract)
+    return product(experts.operators.get(name), pass_, rows.number, a, w, lambda a, w: dot(a, w, 1, 0 if pass_ == "forward" else 1))
 
 
 def _accumulate(experts: Experts, d_experts: dict, name: str, rows: _Rows, a, b) -> dict:
-    """d_experts with a^T b over the tile's rows set or added for the tile's expert."""
-    total = experts.product(experts.context, f"expert_{name}", "grad_weight", rows.number, a, b, (0, 0))
-    if not rows.sets:
-        total = total + lax.dynamic_index_in_dim(d_experts[name], rows.expert, keepdims=False)
-    return {**d_experts, name: lax.dynamic_update_index_in_dim(d_experts[name], total, rows.expert, 0)}
+    """d_experts with the sums of a^T b over the tile's rows set or added for the tile's expert."""
+    totals = []
+    for sums, total in zip(d_experts[name], partial_sums(experts.operators.get(name), a, b, lambda a, b: dot(a, b, 0, 0)), strict=True):
+        if not rows.sets:
+            total = total + lax.dynamic_index_in_dim(sums, rows.expert, keepdims=False)
+        totals.append(lax.dynamic_update_index_in_dim(sums, total, rows.expert, 0))
+    return {**d_experts, name: tuple(totals)}
 
 
 def _bits(array):

@@ -53,24 +53,28 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope) -> Float[Array, "B S D"]:
         c = self.config
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, scope)
         if c.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, scope, "norm_q"), self.k_norm(k, scope, "norm_k")
         q, k, v = (y.reshape(*y.shape[:2], -1, c.head_width) for y in (q, k, v))
         if c.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, scope, "norm_q"), self.k_norm(k, scope, "norm_k")
         q, k = (rotate(y, positions, c.rope_theta, c.rope_style) for y in (q, k))
         out: Any = attend(q, k, v, c.sliding_window, scope)
-        out = linear(out.reshape(*out.shape[:2], -1), self.o[...])
+        out = linear(out.reshape(*out.shape[:2], -1), self.o[...], scope, "attention_o")
         return out + self.o_bias[...].astype(out.dtype) if c.output_bias else out
 
-    def _project(self, x):
-        c = self.config
+    def _project(self, x, scope: Scope):
+        c, sites = self.config, ("attention_q", "attention_k", "attention_v")
+        query, key = c.num_heads * c.head_width, c.kv_heads * c.head_width
         if c.fused_qkv:
-            query, key = c.num_heads * c.head_width, c.kv_heads * c.head_width
-            parts = jnp.split(linear(x, self.qkv[...]), (query, query + key), axis=-1)
+            matrices = jnp.split(self.qkv[...], (query, query + key), axis=-1)
         else:
-            parts = [linear(x, w[...]) for w in (self.q, self.k, self.v)]
+            matrices = [w[...] for w in (self.q, self.k, self.v)]
+        if c.fused_qkv and not any(scope.noise(site) for site in sites):
+            parts = jnp.split(linear(x, self.qkv[...], scope, sites[0]), (query, query + key), axis=-1)
+        else:
+            parts = [linear(x, w, scope, site) for w, site in zip(matrices, sites, strict=True)]
         if c.attention_bias:
             parts = [y + b[...].astype(y.dtype) for y, b in zip(parts, (self.q_bias, self.k_bias, self.v_bias), strict=True)]
         return parts

@@ -40,7 +40,7 @@ def _forward(q, k, v, key, tokens, window, dropout):
         return tuple(jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
 
     out, norm = _over_heads(one_head, (_split(q), _split(k), _split(v), _rows(tokens, q.shape[2])))
-    out = _join(out, q.shape)
+    out = _join(out, q)
     return out, (q, k, v, key, tokens, out, norm)
 
 
@@ -52,7 +52,7 @@ def _forward_block(q, k, v, key, rows, bounds, window, dropout):
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     kept = _drop(weights, key, rows, bounds, dropout).astype(v.dtype)
-    return (dot(kept, v[first:end], 1, 0) / total).astype(q.dtype), (top + jnp.log(total))[:, 0]
+    return dot(kept, v[first:end], 1, 0) / total, (top + jnp.log(total))[:, 0]
 
 
 def _backward(window, dropout, saved, d_out):
@@ -61,7 +61,8 @@ def _backward(window, dropout, saved, d_out):
     def one_head(item):
         q, k, v, rows, out, d_out, norm = item
         through = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-        d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        # the gradients of k and v as [N, S]: a product over both first axes lays its first operand out anew, and queries are smaller than scores
+        d_q, d_k, d_v = [], jnp.zeros(k.shape[::-1], jnp.float32), jnp.zeros(v.shape[::-1], jnp.float32)
         for bounds in _blocks(q.shape[0], window):
             first, begin, end = bounds
             part = slice(begin, end)
@@ -70,12 +71,12 @@ def _backward(window, dropout, saved, d_out):
             d_scores = (weights * (d_weights - through[part, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
             kept = _drop(weights, key, rows, bounds, dropout).astype(q.dtype)
             d_q.append(dot(d_scores, k[first:end], 1, 0))
-            d_k = d_k.at[first:end].add(dot(d_scores, q[part], 0, 0))
-            d_v = d_v.at[first:end].add(dot(kept, d_out[part], 0, 0))
-        return tuple(d.astype(q.dtype) for d in (jnp.concatenate(d_q), d_k, d_v))
+            d_k = d_k.at[:, first:end].add(dot(q[part], d_scores, 0, 0))
+            d_v = d_v.at[:, first:end].add(dot(d_out[part], kept, 0, 0))
+        return jnp.concatenate(d_q), d_k.T, d_v.T
 
     items = (_split(q), _split(k), _split(v), _rows(tokens, q.shape[2]), _split(out), _split(d_out), norm)
-    return *(_join(d, q.shape) for d in _over_heads(one_head, items)), None, None
+    return *(_join(d, q) for d in _over_heads(one_head, items)), None, None
 
 
 attention.defvjp(_forward, _backward)
@@ -99,12 +100,12 @@ def _drop(values, key, rows, bounds, dropout):
     if not dropout:
         return values
     first, begin, end = bounds
-    return values * draws.dropout_mask(key, rows[begin:end], end - first, dropout, first)
+    return values * draws.dropout_mask(key, rows[begin:end], end - first, dropout, (first, end))
 
 
 def _over_heads(function, items):
-    """One head at a time on a CPU, whose cache holds a block; all at once elsewhere."""
-    return jax.lax.map(function, items) if jax.default_backend() == "cpu" else jax.vmap(function)(items)
+    """A few heads at a time on a CPU, whose cache holds their blocks; all at once elsewhere."""
+    return jax.lax.map(function, items, batch_size=4) if jax.default_backend() == "cpu" else jax.vmap(function)(items)
 
 
 def _rows(tokens, heads: int):
@@ -116,6 +117,7 @@ def _split(x):
     return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _join(x, shape):
-    batch, length, heads, width = shape
-    return x.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+def _join(x, like):
+    # heads are stacked in float32: XLA:CPU converts a whole bfloat16 stack for each part stored in it
+    batch, length, heads, width = like.shape
+    return x.reshape(batch, heads, length, width).transpose(0, 2, 1, 3).astype(like.dtype)

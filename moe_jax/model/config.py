@@ -8,6 +8,8 @@ from typing import Any
 from moe_jax.dispatch import IMPLEMENTATIONS
 from moe_jax.errors import ConfigError, nearest
 from moe_jax.experts import ACTIVATIONS
+from moe_jax.noise import Noise, NoiseSpec
+from moe_jax.noise.sites import GROUPS, SITES
 from moe_jax.routing import SCORES
 
 ROPE_STYLES = ("half", "interleaved")
@@ -50,6 +52,7 @@ class ModelConfig:
     activation: str = "silu"
     router_score: str = "softmax"
     renormalise: bool = True  # weights of the chosen experts sum to 1
+    learned_noise: bool = False  # a matrix that learns how much noise of kind "learned" each logit gets
     selection_bias: bool = False  # a bias added to sigmoid scores for the selection alone
 
     rope_theta: float = 10_000.0
@@ -73,7 +76,7 @@ class ModelConfig:
     dispatch: str | None = None  # an implementation by name; None: picked by platform
     scan_layers: bool = True  # False: layers unrolled, for comparison
     loss_chunk: str = "tokens"  # cross-entropy in chunks of tokens (fast), of the vocabulary (small), or whole
-    loss_chunk_size: int = 512
+    loss_chunk_size: int = 2048
 
     def __post_init__(self):
         object.__setattr__(self, "dense_layers", tuple(sorted(self.dense_layers)))
@@ -136,6 +139,22 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Absolute indices of the layers that route."""
         return tuple(layer for layer in range(self.num_layers) if self.num_experts and layer not in self.dense_layers)
+
+    @property
+    def noise_sites(self) -> tuple[str, ...]:
+        """The sites at which noise can act in this model."""
+        absent = set()
+        absent |= set() if self.moe_layers else {"router_input", "router_logits", "router_gemm", *GROUPS["experts"]}
+        absent |= set() if len(self.moe_layers) < self.num_layers else set(GROUPS["mlp"])
+        absent |= set() if self.gated else {"expert_gate", "mlp_gate"}
+        absent |= set() if self.qk_norm != "none" else {"norm_q", "norm_k"}
+        return tuple(site for site in SITES if site not in absent)
+
+    def resolve(self, spec: NoiseSpec) -> Noise:
+        """The spec over this model's layers and sites; raises ConfigError for what the model does not have."""
+        if not self.learned_noise and any(noise.kind == "learned" for noise in spec.sites.values()):
+            raise ConfigError("noise kind 'learned' needs a model with learned_noise=True, which has the matrix that it learns")
+        return spec.resolve(self.num_layers, self.noise_sites)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A changed copy, validated again; an unknown field is an error that names the nearest one."""

@@ -5,6 +5,7 @@ B batch, S sequence, T = B*S tokens, D model width, H heads, N head width.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +14,34 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from moe_jax import keys
 from moe_jax.axes import ParamSpec
-from moe_jax.dots import dot
+from moe_jax.dots import made_once
 from moe_jax.experts import ACTIVATIONS
 from moe_jax.model.bind import declare
 from moe_jax.model.config import ModelConfig
-from moe_jax.noise import SiteNoise, draws, perturb
+from moe_jax.noise import Operator, SiteNoise, draws, perturb
+from moe_jax.products import matmul
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "layer", "tokens", "scales"), meta_fields=("sites", "dropout"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("key", "fixed", "layer", "tokens", "scales"), meta_fields=("sites", "dropout")
+)
 @dataclasses.dataclass(frozen=True)
 class Scope:
     """Where in the model and in which draw a layer stands: everything random in it is a function of this and of the token's number."""
 
-    key: UInt32[Array, "2"]  # of the seed, step and phase
+    key: UInt32[Array, "2"]  # of the seed, phase and step
     layer: Int[Array, ""] | int  # absolute layer, -1 outside the layers
     tokens: Int[Array, "B S"]  # global token numbers
     scales: dict[str, Float[Array, ""]]  # this layer's noise scale by site
     sites: tuple[tuple[str, SiteNoise], ...] = ()  # the sites that act in this phase
     dropout: float = 0.0  # 0 outside training
+    fixed: Any = None  # UInt32[2] as `key` without the step, for sites whose draws are fixed
 
     def at(self, layer, scales) -> "Scope":
         return dataclasses.replace(self, layer=layer, scales=scales)
 
-    def stream(self, site: str, pass_: str = "forward") -> UInt32[Array, "2"]:
-        return keys.stream(self.key, self.layer, site, pass_)
+    def stream(self, site: str) -> UInt32[Array, "2"]:
+        return keys.stream(self.key, self.layer, site, "forward")
 
     def drop(self, y: Float[Array, "B S D"], site: str) -> Float[Array, "B S D"]:
         """Dropout on the last axis."""
@@ -45,36 +50,35 @@ class Scope:
         mask = draws.dropout_mask(self.stream(f"dropout_{site}"), self.tokens.reshape(-1), y.shape[-1], self.dropout)
         return y * mask.reshape(y.shape).astype(y.dtype)
 
-    def perturb(self, y: Float[Array, "T D"], site: str) -> Float[Array, "T D"]:
-        """y with this site's noise, or y itself when the site does not act here."""
-        noise = dict(self.sites).get(site)
-        if noise is None or "forward" not in noise.passes:
+    def noise(self, site: str) -> SiteNoise | None:
+        """What acts at a site here, or None."""
+        return dict(self.sites).get(site)
+
+    def operator(self, site: str) -> Operator | None:
+        """How a matmul is computed here; None: exactly."""
+        noise = self.noise(site)
+        if noise is None:
+            return None
+        return Operator(self.scales[site], keys.fold(self._key(noise), self.layer), site, noise.kind, noise.passes, noise.format)
+
+    def perturb(self, y: Float[Array, "... D"], site: str, rows: Int[Array, "R"] | None = None) -> Float[Array, "... D"]:
+        """y with this site's noise, or y itself when the site does not act here. rows: default the tokens."""
+        noise = self.noise(site)
+        if noise is None:
             return y
-        return perturb(y, noise.kind, self.scales[site], self.stream(site), self.tokens.reshape(-1))
+        key = keys.stream(self._key(noise), self.layer, site, "forward")
+        rows = self.tokens.reshape(-1) if rows is None else rows
+        return perturb(y.reshape(-1, y.shape[-1]), noise.kind, self.scales[site], key, rows, noise.format).reshape(y.shape)
+
+    def _key(self, noise: SiteNoise):
+        return self.fixed if noise.draws == "fixed" else self.key
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """x @ w in x's type with float32 accumulation, backward products too; the gradient of w is returned in w's type.
-
-    (The derivative that jax makes by itself multiplies a float32 cotangent by bfloat16 operands, which a CPU does at half the speed.)
-    """
-    return dot(x, w.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
-
-
-def _linear_forward(x, w):
-    return linear(x, w), (x, w)
-
-
-def _linear_backward(saved, dy):
-    x, w = saved
-    dy = dy.astype(x.dtype)
-    dx = dot(dy, w.astype(x.dtype), dy.ndim - 1, 1).astype(x.dtype)
-    dw = dot(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), 0, 0).astype(w.dtype)
-    return dx, dw
-
-
-linear.defvjp(_linear_forward, _linear_backward)
+def linear(x: Float[Array, "... D"], w: Float[Array, "D F"], scope: Scope, site: str) -> Float[Array, "... F"]:
+    """x @ w in x's type with float32 sums, as the scope's operator for the site computes it."""
+    operator = scope.operator(site)
+    y = matmul(x, w, operator, scope.tokens).astype(x.dtype)
+    return y if operator is None else made_once(y, scope.layer > -2)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -88,8 +92,10 @@ class RMSNorm(nnx.Module):
         self.eps = config.norm_eps
         self.scale = declare(ParamSpec((width,), (axis,), "norm", "ones", dtype=config.dtypes.params))
 
-    def __call__(self, x):
-        return rms_norm(x, self.scale[...], self.eps)
+    def __call__(self, x, scope: Scope | None = None, site: str = ""):
+        """The norm, with the scope's noise for the site on its scale: one draw per layer, the same for all tokens."""
+        scale = self.scale[...] if scope is None else scope.perturb(self.scale[...], site, jnp.zeros(1, jnp.int32))
+        return rms_norm(x, scale, self.eps)
 
 
 def weight(config: ModelConfig, shape, axes, role: str = "hidden") -> nnx.Param:
@@ -128,9 +134,10 @@ class MLP(nnx.Module):
             self.gate = weight(config, (config.d_model, width), ("embed", "mlp"))
         self.gated = config.gated
 
-    def __call__(self, x: Float[Array, "B S D"], scope: Scope) -> tuple[Float[Array, "B S D"], dict]:
+    def __call__(self, x: Float[Array, "B S D"], scope: Scope, routed=None) -> tuple[Float[Array, "B S D"], dict]:
         """The output, and nothing about a router."""
+        del routed
         act = ACTIVATIONS[self.activation]
-        up = linear(x, self.up[...])
-        hidden = act(linear(x, self.gate[...])) * up if self.gated else act(up)
-        return linear(scope.drop(hidden, "expert_hidden"), self.down[...]), {}
+        up = linear(x, self.up[...], scope, "mlp_up")
+        hidden = act(linear(x, self.gate[...], scope, "mlp_gate")) * up if self.gated else act(up)
+        return linear(scope.drop(hidden, "expert_hidden"), self.down[...], scope, "mlp_down"), {}

@@ -22,6 +22,8 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope
 from moe_jax.model.transformer import declare_decoder
 from moe_jax.noise import Noise, NoiseSpec
+from moe_jax.noise.sites import OUTSIDE_LAYERS
+from moe_jax.products import matmul
 from moe_jax.routing import RoutingTrace
 
 CAPTURES = ("trace", "router_logits", "residual_ids")
@@ -106,42 +108,63 @@ class Model:
         train: dropout on. capture: any of "trace", "router_logits", "residual_ids".
         Raises ConfigError for a sequence longer than max_seq_len, unknown captures, and noise on layers that are not there.
         """
-        out = self.features(params, tokens, noise, draw, train, capture)
-        logits = jnp.einsum("bsd,vd->bsv", out.hidden, self.head(params).astype(out.hidden.dtype), preferred_element_type=jnp.float32)
+        scope, scales = self._scope(tokens, noise, draw, train)
+        out = self._features(params, tokens, scope, scales, capture)
+        logits = matmul(out.hidden, self.head(params), scope.operator("lm_head"), scope.tokens, transposed=True)
         return dataclasses.replace(out, logits=logits)
 
     def features(self, params, tokens, noise=None, draw=None, train=False, capture=()) -> Output:
         """As `apply`, without the head's matmul: logits is None."""
+        return self._features(params, tokens, *self._scope(tokens, noise, draw, train), capture)
+
+    def _scope(self, tokens, noise: NoiseSpec | Noise | None, draw: Draw | None, train: bool) -> tuple[Scope, dict[str, jax.Array]]:
+        """What stands outside the layers knows, and the noise scales of the layers, [L] by site."""
         config = self.config
-        unknown = [name for name in capture if name not in CAPTURES]
-        if unknown:
-            raise ConfigError(f"unknown capture {unknown}; known: {', '.join(CAPTURES)}")
         if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
             raise ConfigError(f"tokens must be [batch, sequence up to max_seq_len={config.max_seq_len}], got shape {tokens.shape}")
         draw = Draw() if draw is None else draw
-        resolved = noise.resolve(config.num_layers) if isinstance(noise, NoiseSpec) else noise
-        for site, scale in (resolved.scales if resolved else {}).items():
-            if scale.shape != (config.num_layers,):
+        resolved = config.resolve(noise) if isinstance(noise, NoiseSpec) else noise
+        scales = resolved.scales if resolved else {}
+        for site, scale in scales.items():
+            if site not in OUTSIDE_LAYERS and scale.shape != (config.num_layers,):
                 raise ConfigError(f"noise at {site!r} was resolved for {scale.shape[0]} layers, the model has {config.num_layers}")
-        acting = None if resolved is None else resolved.in_phase(draw.phase)
-
+        acting = resolved.in_phase(draw.phase) if resolved else None
+        sites = acting.structure if acting else ()
+        outside = {site: scales[site] for site, _ in sites if site in OUTSIDE_LAYERS}
         batch, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + positions
-        scope = Scope(draw.key(), -1, rows, {}, acting.structure if acting else (), config.dropout if train else 0.0)
-        hidden, router = self._forward(params, tokens, positions, scope, acting.scales if acting else {}, tuple(capture))
+        rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + jnp.arange(length)
+        fixed = draw.key(fixed=True) if any(noise.draws == "fixed" for _, noise in sites) else None
+        scope = Scope(draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed)
+        return scope, {site: scales[site] for site, _ in sites if site not in OUTSIDE_LAYERS}
+
+    def _features(self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture) -> Output:
+        unknown = [name for name in capture if name not in CAPTURES]
+        if unknown:
+            raise ConfigError(f"unknown capture {unknown}; known: {', '.join(CAPTURES)}")
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, router = self._forward(params, tokens, positions, scope, scales, tuple(capture))
         return self._output(hidden, router, capture)
 
-    def loss(self, params, tokens, targets, weights=None, **options) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
-        """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; `options` as for `apply`.
+    def loss(
+        self, params, tokens, targets, weights=None, noise=None, draw=None, train=False, capture=()
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
+        """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; the rest as for `apply`.
 
         tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all.
         """
-        out = self.features(params, tokens, **options)
+        scope, scales = self._scope(tokens, noise, draw, train)
+        out = self._features(params, tokens, scope, scales, capture)
         weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
         flat = out.hidden.reshape(-1, out.hidden.shape[-1])
         total, metrics = cross_entropy(
-            flat, self.head(params), targets.reshape(-1), weights, self.config.loss_chunk, self.config.loss_chunk_size
+            flat,
+            self.head(params),
+            targets.reshape(-1),
+            weights,
+            self.config.loss_chunk,
+            self.config.loss_chunk_size,
+            scope.operator("lm_head"),
+            scope.tokens.reshape(-1),
         )
         return total, metrics, out
 

@@ -6,6 +6,7 @@ T = B*S tokens, D model width, E experts, K experts per token.
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,7 @@ from moe_jax.model.bind import declare
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope, weight
 from moe_jax.noise import draws
+from moe_jax.products import matmul
 
 ROUTING_IDS = "routing_ids"  # a backward pass that computes a layer again must use the ids that were used: they are always saved
 
@@ -32,22 +34,28 @@ class MoE(nnx.Module):
         self.down = weight(config, (experts, inner, width), ("experts", "mlp", "embed"), "expert")
         if config.gated:
             self.gate = weight(config, (experts, width, inner), ("experts", "embed", "mlp"), "expert")
+        if config.learned_noise:
+            self.noise = declare(ParamSpec((width, experts), ("embed", "router"), "router", "zeros", dtype=config.dtypes.params))
         if config.selection_bias:
             self.selection_bias = declare(ParamSpec((experts,), ("router",), "selection_bias", "zeros", dtype="float32"))
 
-    def __call__(self, x: Float[Array, "B S D"], scope: Scope) -> tuple[Float[Array, "B S D"], dict]:
-        """The layer's output, and what the router did."""
-        c = self.config
+    def __call__(
+        self, x: Float[Array, "B S D"], scope: Scope, routed: Float[Array, "B S D"] | None = None
+    ) -> tuple[Float[Array, "B S D"], dict]:
+        """The layer's output, and what the router did. routed: what the router reads instead of x (x with another noise)."""
+        c, tokens = self.config, scope.tokens.reshape(-1)
         flat = x.reshape(-1, x.shape[-1])
-        clean = routing.router_logits(scope.perturb(flat, "router_input"), self.router[...])
-        noisy = scope.perturb(clean, "router_logits")
+        read = scope.perturb(flat if routed is None else routed.reshape(flat.shape), "router_input")
+        dot = functools.partial(matmul, operator=scope.operator("router_gemm"), rows=tokens, precision=jax.lax.Precision.HIGHEST)
+        clean = routing.router_logits(read, self.router[...], dot)
+        noisy = self._learned(clean, read, scope) if c.learned_noise else scope.perturb(clean, "router_logits")
         seen = functools.partial(_seen_by, scope, clean, noisy)
 
         bias = self.selection_bias[...] if c.selection_bias else None
         ids = checkpoint_name(routing.select(seen("selection"), c.experts_per_token, bias=bias), ROUTING_IDS)
         weights = routing.combine(seen("weights"), ids, c.router_score, c.renormalise)
         decision = routing.RoutingDecision(ids, weights)
-        y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens=scope.tokens.reshape(-1))
+        y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens=tokens)
 
         router = {
             "ids": ids.astype(routing.trace_dtype(c.num_experts)).reshape(*x.shape[:2], -1),
@@ -67,18 +75,28 @@ class MoE(nnx.Module):
         ids = routing.select(logits, self.config.experts_per_token)
         return ids.astype(routing.trace_dtype(self.config.num_experts)).reshape(*x.shape[:2], -1)
 
+    def _learned(self, clean, read, scope: Scope):
+        """clean + s n softplus(x W) (Shazeer et al. 2017, eq. 4); the gradient reaches W and the logits, not the draw. Without noise here: clean."""
+        noise = scope.noise("router_logits")
+        if noise is None or noise.kind != "learned":
+            return scope.perturb(clean, "router_logits")
+        spread = jax.nn.softplus(routing.router_logits(read, self.noise[...]))
+        return clean + spread * (scope.perturb(jnp.zeros_like(clean), "router_logits"))
+
     def _experts(self, scope: Scope) -> Experts:
         weights = {"up": self.up[...], "down": self.down[...]}
         if self.config.gated:
             weights["gate"] = self.gate[...]
+        operators = {name: scope.operator(f"expert_{name}") for name in weights if scope.noise(f"expert_{name}")}
         if not scope.dropout:
-            return Experts(weights, activation=self.config.activation)
-        return Experts(weights, scope.stream("dropout_expert_hidden"), self.config.activation, mask=_dropout(scope.dropout))
+            return Experts(weights, operators, activation=self.config.activation)
+        key = scope.stream("dropout_expert_hidden")
+        return Experts(weights, operators, key, self.config.activation, mask=_dropout(scope.dropout))
 
 
 def _seen_by(scope: Scope, clean, noisy, reader: str):
-    noise = dict(scope.sites).get("router_logits")
-    return noisy if noise is not None and reader in noise.reach else clean
+    noise = scope.noise("router_logits")
+    return noisy if noise is not None and reader in (noise.reach or (reader,)) else clean
 
 
 @functools.cache

@@ -34,11 +34,20 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...]):
         """(x after the block, what its router did or {})."""
         entered = x
-        x = x + scope.drop(self.attention(self.norm_attention(x), positions, scope), "attention_output")
-        y, router = self.feed_forward(self.norm_moe(x), scope)
+        x = x + scope.drop(self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope), "attention_output")
+        read, routed = self._read_by_experts_and_router(x, scope)
+        y, router = self.feed_forward(read, scope, routed)
         if "residual_ids" in capture and isinstance(self.feed_forward, MoE):
             router["residual_ids"] = self.feed_forward.ids_on(entered)
         return x + scope.drop(y, "feed_forward_output"), router
+
+    def _read_by_experts_and_router(self, x, scope: Scope):
+        """(norm x, None), or norm x as the experts read it and as the router does, when the norm's noise reaches one of the two alone."""
+        noisy, noise = self.norm_moe(x, scope, "norm_moe"), scope.noise("norm_moe")
+        if noise is None or noise.reach is None or len(noise.reach) == 2:
+            return noisy, None
+        clean = self.norm_moe(x)
+        return (noisy, clean) if noise.reach == ("experts",) else (clean, noisy)
 
 
 class Ends(nnx.Module):
@@ -56,8 +65,8 @@ class Ends(nnx.Module):
         x = self.embedding[...][tokens].astype(self.config.dtypes.compute)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
-        x, router = blocks(scope.drop(x, "embedding"))
-        return scope.drop(self.norm_final(x), "final"), router
+        x, router = blocks(scope.drop(scope.perturb(x, "embedding"), "embedding"))
+        return scope.drop(self.norm_final(x, scope, "norm_final"), "final"), router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,10 @@ def layer_plan(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
 
 
 def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
-    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture) -> (hidden, router)."""
+    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture) -> (hidden, router).
+
+    The scope is that of what stands outside the layers; scales: per site of the layers, [L].
+    """
     ends_specs, ends = bind(Ends(config))
     block_specs, blocks = {}, {}
     plan = layer_plan(config)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from optax.contrib import MuonDimensionNumbers
 
 from moe_jax.errors import ConfigError, nearest
@@ -49,17 +50,29 @@ def orthogonalise(
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
     gram = form == "gram" or (form == "auto" and dtype == "float32" and n > 1.5 * m)
-    solve = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
-    tall = x.shape[-2] > x.shape[-1]
+    factors = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
+    solve = partial(_image, factors, x.shape[-2] > x.shape[-1])
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
-    x = lax.optimization_barrier((x.mT if tall else x).astype("float32" if gram else dtype))
+    x = lax.optimization_barrier(x.astype("float32" if gram else dtype))
     if batch is None:
         y = lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
     else:
         _known("batch", batch, BATCHES)
         y = _mapped(solve, x) if batch == "map" else solve(x)
-    y = lax.optimization_barrier(y)
-    return y.mT if tall else y
+    return lax.optimization_barrier(y)
+
+
+def _image(factors: Callable[[jax.Array], tuple[jax.Array, jax.Array]], tall: bool, x: jax.Array) -> jax.Array:
+    """P X, or Xᵀ P of a tall matrix, with the (P, X) of `factors` for the wide one; P is symmetric."""
+    p, x = factors(_transposed(x) if tall else x)
+    p = p.astype(x.dtype)
+    return _product(_transposed(x), p) if tall else _product(p, x)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    # A CPU multiplies rows several times faster than columns, and lays one matrix anew faster than a whole stack.
+    laid = x.ndim == 2 and jax.default_backend() == "cpu"
+    return with_layout_constraint(x.mT, Layout((0, 1))) if laid else x.mT
 
 
 def _mapped(solve: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -86,23 +99,22 @@ def _prescale(r: jax.Array, eps: float) -> jax.Array:
     return 1.0 / (jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None, None] + eps)
 
 
-def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> jax.Array:
-    """X <- (a I + b R + c R²) X with R = X Xᵀ, for X [..., m, n]; the first step also divides X by its Frobenius norm."""
+def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """X <- P X, P = a I + b R + c R² with R = X Xᵀ, for X [..., m, n]; the first step also divides X by its norm. The last P and X."""
     a, b, c = coefficients
-    identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
+    identity = p = jnp.eye(x.shape[-2], dtype=jnp.float32)
     for step in range(steps):
-        x = x.astype(dtype)
+        x = (x if step == 0 else _product(p, x)).astype(dtype)
         r = _product(x, x, transpose=True)
         scale = _prescale(r, eps) if step == 0 else 1.0
         r = r * scale**2
         rounded = r.astype(dtype)
-        p = (a * identity + b * r + c * _product(rounded, rounded)) * scale
-        x = _product(p.astype(dtype), x)
-    return x
+        p = ((a * identity + b * r + c * _product(rounded, rounded)) * scale).astype(dtype)
+    return p, x
 
 
-def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> jax.Array:
-    """The same polynomial as Q(R) X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All of them are symmetric and commute."""
+def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> tuple[jax.Array, jax.Array]:
+    """The same polynomials as Q of Q X, and X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All are symmetric and commute."""
     a, b, c = coefficients
     r = _product(x, x, transpose=True)
     scale = _prescale(r, eps)
@@ -113,7 +125,7 @@ def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], ep
         q = p if step == 0 else _product(p, q)
         if step + 1 < steps:
             r = _product(_product(p, r), p)
-    return _product(q * scale, x)
+    return q * scale, x
 
 
 class MuonState(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax.studies import stats
 from moe_jax.studies.design import Cell, CellKey, Design, Level, Metric, cell_key
 from moe_jax.studies.ledger import Run, RunKey
-from moe_jax.studies.stats import Contrast, Summary
+from moe_jax.studies.stats import ByCell, Contrast, Summary
 
 _TIME = "Wall time of one run, as its row of the ledger records it."
 SECONDS = Metric("seconds", "Time", unit="s", better="", decimals=1, definition=_TIME)
@@ -25,8 +25,13 @@ class Analysis:
     failed: tuple[Run, ...]  # every failed run, also those made good later
     missing: tuple[tuple[dict[str, Level], int], ...]
     time: Metric  # SECONDS, or MINUTES once a run takes two
-    values: Mapping[str, Mapping[CellKey, Mapping[int, float]]]  # [metric][cell][seed]; `time` too, in its unit
+    values: Mapping[str, ByCell]  # [metric][cell][seed]; `time` too, in its unit
     contrasts: Mapping[str, Contrast | None]  # by comparison; None while fewer than 2 seeds have all its cells
+
+    @property
+    def confidence(self) -> str:
+        """The level of every interval, '95 %'."""
+        return f"{100 * (1 - self.design.alpha):g} %"
 
     def summary(self, metric: Metric, cell: Cell) -> Summary | None:
         """Mean, spread and interval of a metric in a cell; None when no run of the cell has finished."""

@@ -18,7 +18,7 @@ Level = str | int | float | bool | None
 Cell = Mapping[str, Level]  # one level for every factor
 CellKey = tuple[tuple[str, Level], ...]  # a cell that can be a dictionary key: pairs in the order of the factors' names
 
-BETTER = ("lower", "higher", "")  # "": the metric is a description, not a goal
+BETTER = ("lower", "higher")
 
 
 def cell_key(cell: Cell | CellKey) -> CellKey:
@@ -33,6 +33,19 @@ def hint(name: object, known: Iterable[object]) -> str:
     return nearest(str(name), names) or f" (known: {', '.join(names) or 'none'})"
 
 
+def require(holds: object, message: str, error: type[Exception] = ConfigError) -> None:
+    """Raises `error` with the message unless the condition holds."""
+    if not holds:
+        raise error(message)
+
+
+def require_known(name: object, known: Iterable[object], what: str, error: type[Exception] = ConfigError) -> None:
+    """Raises `error`, '<what> <name> (did you mean ...?)', unless the name is one of the known ones."""
+    known = list(known)
+    if name not in known:
+        raise error(f"{what}{name!r}{hint(name, known)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """What a study varies: `levels` are JSON scalars, each different from the others (0 and 0.0 are the same level)."""
@@ -44,16 +57,14 @@ class Factor:
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "label", self.label or self.name)
-        if not self.levels:
-            raise ConfigError(f"factor {self.name!r} has no levels")
+        where = f"factor {self.name!r}"
+        require(self.levels, f"{where} has no levels")
         for level in self.levels:
-            if not isinstance(level, str | int | float | bool | None):
-                raise ConfigError(f"factor {self.name!r}: level {level!r} is a {type(level).__name__}, not a JSON scalar")
-            if isinstance(level, float) and not math.isfinite(level):
-                raise ConfigError(f"factor {self.name!r}: level {level!r} is not finite")
+            scalar = isinstance(level, str | int | float | bool | None)
+            require(scalar, f"{where}: level {level!r} is a {type(level).__name__}, not a JSON scalar")
+            require(not isinstance(level, float) or math.isfinite(level), f"{where}: level {level!r} is not finite")
         repeated = sorted({repr(x) for i, x in enumerate(self.levels) if x in self.levels[:i]})
-        if repeated:
-            raise ConfigError(f"factor {self.name!r} has {len(self.levels)} levels, but {', '.join(repeated)} is there twice")
+        require(not repeated, f"{where} has {len(self.levels)} levels, but {', '.join(repeated)} is there twice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +80,9 @@ class Metric:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.name)
-        if self.better not in BETTER:
-            raise ConfigError(f"metric {self.name!r}: better={self.better!r}{hint(self.better, BETTER[:2])}")
-        if not 0 <= self.decimals <= 12:
-            raise ConfigError(f"metric {self.name!r}: decimals={self.decimals} is outside 0..12")
+        if self.better:
+            require_known(self.better, BETTER, f"metric {self.name!r}: better=")
+        require(0 <= self.decimals <= 12, f"metric {self.name!r}: decimals={self.decimals} is outside 0..12")
 
 
 USAGE_CV_ROUTED = Metric(
@@ -108,15 +118,12 @@ class Comparison:
     def __post_init__(self) -> None:
         terms = tuple((float(c), cell_key(cell)) for c, cell in self.terms)
         object.__setattr__(self, "terms", terms)
-        coefficients = [c for c, _ in terms]
-        if len(terms) < 2:
-            raise ConfigError(f"comparison {self.name!r} has {len(terms)} term(s); it needs at least 2 cells")
-        if not all(math.isfinite(c) and c for c in coefficients):
-            raise ConfigError(f"comparison {self.name!r}: coefficients {coefficients} must be finite and not zero")
-        if abs(math.fsum(coefficients)) > 1e-9 * max(map(abs, coefficients)):
-            raise ConfigError(f"comparison {self.name!r}: coefficients {coefficients} sum to {math.fsum(coefficients):g}, not 0")
-        if len({cell for _, cell in terms}) < len(terms):
-            raise ConfigError(f"comparison {self.name!r} names the same cell twice")
+        where, coefficients = f"comparison {self.name!r}", [c for c, _ in terms]
+        require(len(terms) >= 2, f"{where} has {len(terms)} term(s); it needs at least 2 cells")
+        require(all(math.isfinite(c) and c for c in coefficients), f"{where}: coefficients {coefficients} must be finite and not zero")
+        total = math.fsum(coefficients)
+        require(abs(total) <= 1e-9 * max(map(abs, coefficients)), f"{where}: coefficients {coefficients} sum to {total:g}, not 0")
+        require(len({cell for _, cell in terms}) == len(terms), f"{where} names the same cell twice")
 
 
 def difference(name: str, metric: str, of: Cell, minus: Cell, question: str = "", family: str = "primary") -> Comparison:
@@ -136,14 +143,10 @@ def interaction(
     family: str = "primary",
 ) -> Comparison:
     """How much the effect of a: a0 -> a1 grows when b goes b0 -> b1: (a1,b1) - (a0,b1) - (a1,b0) + (a0,b0); `rest` holds the others."""
-    if factor_a == factor_b:
-        raise ConfigError(f"comparison {name!r}: {factor_a!r} cannot interact with itself")
+    require(factor_a != factor_b, f"comparison {name!r}: {factor_a!r} cannot interact with itself")
     (a0, a1), (b0, b1) = levels_a, levels_b
-
-    def at(a: Level, b: Level) -> CellKey:
-        return cell_key({**(rest or {}), factor_a: a, factor_b: b})
-
-    terms = ((1.0, at(a1, b1)), (-1.0, at(a0, b1)), (-1.0, at(a1, b0)), (1.0, at(a0, b0)))
+    signs = ((1.0, a1, b1), (-1.0, a0, b1), (-1.0, a1, b0), (1.0, a0, b0))
+    terms = tuple((sign, cell_key({**(rest or {}), factor_a: a, factor_b: b})) for sign, a, b in signs)
     return Comparison(name, question, metric, terms, family)
 
 
@@ -173,14 +176,8 @@ class Design:
         if self.only is not None:
             object.__setattr__(self, "only", tuple(cell_key(c) for c in self.only))
         object.__setattr__(self, "settings", config_tools.config_dict(self.settings))
-        _check_names(self)
-        _check_numbers(self)
-        for cell in self.only or ():
-            _check_cell(self, cell, "only")
-        if self.only is not None and len(set(self.only)) < max(1, len(self.only)):
-            raise ConfigError(f"design {self.name!r}: `only` lists {len(self.only)} cells, {len(set(self.only))} of them different")
-        for comparison in self.comparisons:
-            _check_comparison(self, comparison)
+        _check_design(self)
+        _check_cells(self)
 
     def cells(self) -> tuple[dict[str, Level], ...]:
         """The cells in order: as listed in `only`, else the product of the factors, the last factor changing fastest."""
@@ -195,10 +192,9 @@ class Design:
 
     def metric(self, name: str) -> Metric:
         """The metric of that name; ConfigError with the nearest name otherwise."""
-        for metric in self.metrics:
-            if metric.name == name:
-                return metric
-        raise ConfigError(f"design {self.name!r} has no metric {name!r}{hint(name, (m.name for m in self.metrics))}")
+        metrics = {m.name: m for m in self.metrics}
+        require_known(name, metrics, f"design {self.name!r} has no metric ")
+        return metrics[name]
 
     def to_json(self) -> dict[str, Any]:
         """The design as JSON values; `Design.from_json` gives it back, equal."""
@@ -207,12 +203,7 @@ class Design:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Design:
         """The design that `to_json` wrote; ConfigError for a field it does not know or that is missing."""
-        _check_fields(cls, data)
-        given = dict(data)
-        given["factors"] = tuple(_build(Factor, f) for f in data["factors"])
-        given["metrics"] = tuple(_build(Metric, m) for m in data["metrics"])
-        given["comparisons"] = tuple(_build(Comparison, c) for c in data["comparisons"])
-        return cls(**given)
+        return _build(cls, data)
 
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON: two designs are the same study exactly when their digests are equal."""
@@ -221,14 +212,11 @@ class Design:
 
 def differences(before: Design, after: Design, limit: int = 6) -> list[str]:
     """What differs between two designs, one short text per field ('settings.steps: was 100, now 200'), at most `limit` of them."""
-    found = [_short(text) for text in config_tools.differences(_by_name(before.to_json()), _by_name(after.to_json()))]
+    texts = config_tools.differences(_by_name(before.to_json()), _by_name(after.to_json()))
+    found = [text if len(text) <= 100 else text[:97] + "..." for text in texts]
     if not found and before.digest() != after.digest():
         return ["the same fields in another order, or 1 where there was 1.0"]
     return found if len(found) <= limit else [*found[:limit], f"and {len(found) - limit} more"]
-
-
-def _short(text: str, width: int = 100) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _by_name(data: Any) -> Any:
@@ -240,68 +228,56 @@ def _by_name(data: Any) -> Any:
     return data
 
 
-def _check_names(design: Design) -> None:
-    groups = {"factor": design.factors, "metric": design.metrics, "comparison": design.comparisons}
-    for what, members in groups.items():
+def _check_design(design: Design) -> None:
+    where, seeds = f"design {design.name!r}", design.seeds
+    for what, members in {"factor": design.factors, "metric": design.metrics, "comparison": design.comparisons}.items():
         names = [m.name for m in members]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ConfigError(f"design {design.name!r}: {what} {', '.join(map(repr, twice))} is declared twice")
-        if not names and what != "comparison":
-            raise ConfigError(f"design {design.name!r} declares no {what}")
-    if any(m.name == "seconds" for m in design.metrics):
-        raise ConfigError(f"design {design.name!r}: every run records its seconds; declare no metric of that name")
+        twice = sorted({repr(n) for n in names if names.count(n) > 1})
+        require(not twice, f"{where}: {what} {', '.join(twice)} is declared twice")
+        require(names or what == "comparison", f"{where} declares no {what}")
+    own_time = any(m.name == "seconds" for m in design.metrics)
+    require(not own_time, f"{where}: every run records its seconds; declare no metric of that name")
+    for seed in seeds:
+        require(isinstance(seed, int) and not isinstance(seed, bool), f"{where}: seed {seed!r} is not an int")
+    require(len(set(seeds)) == len(seeds), f"{where}: seeds {seeds} are not all different")
+    require(len(seeds) >= 2, f"{where} has {len(seeds)} seed(s); at least 2 are needed to see their spread")
+    require(0 < design.alpha < 1, f"{where}: alpha={design.alpha} is outside (0, 1)")
 
 
-def _check_numbers(design: Design) -> None:
-    for seed in design.seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"design {design.name!r}: seed {seed!r} is not an int")
-    if len(set(design.seeds)) < len(design.seeds):
-        raise ConfigError(f"design {design.name!r}: seeds {design.seeds} are not all different")
-    if len(design.seeds) < 2:
-        raise ConfigError(f"design {design.name!r} has {len(design.seeds)} seed(s); at least 2 are needed to see their spread")
-    if not 0 < design.alpha < 1:
-        raise ConfigError(f"design {design.name!r}: alpha={design.alpha} is outside (0, 1)")
+def _check_cells(design: Design) -> None:
+    """Checks every cell that the design names, in `only` and in its comparisons."""
+    where = f"design {design.name!r}"
+    for cell in design.only or ():
+        _check_cell(design, cell, f"{where}, only")
+    if design.only is not None:
+        listed, different = len(design.only), len(set(design.only))
+        require(0 < listed == different, f"{where}: `only` lists {listed} cells, {different} of them different")
+    planned = {cell_key(cell) for cell in design.cells()}
+    for comparison in design.comparisons:
+        at = f"{where}, comparison {comparison.name!r}"
+        require_known(comparison.metric, [m.name for m in design.metrics], f"{at}: no metric ")
+        for _, cell in comparison.terms:
+            _check_cell(design, cell, at)
+            require(cell in planned, f"{at}: cell {dict(cell)} is not one of the {len(planned)} cells that run")
 
 
 def _check_cell(design: Design, cell: CellKey, where: str) -> None:
-    levels = dict(cell)
-    known = {f.name: f for f in design.factors}
+    levels = {f.name: f.levels for f in design.factors}
     for name, level in cell:
-        if name not in known:
-            raise ConfigError(f"design {design.name!r}, {where}: no factor {name!r}{hint(name, known)}")
-        if level not in known[name].levels:
-            raise ConfigError(f"design {design.name!r}, {where}: {name} has no level {level!r}{hint(level, known[name].levels)}")
-    absent = [name for name in known if name not in levels]
-    if absent:
-        raise ConfigError(f"design {design.name!r}, {where}: cell {levels} gives no level for {', '.join(absent)}")
+        require_known(name, levels, f"{where}: no factor ")
+        require_known(level, levels[name], f"{where}: {name} has no level ")
+    absent = [name for name in levels if name not in dict(cell)]
+    require(not absent, f"{where}: cell {dict(cell)} gives no level for {', '.join(absent)}")
 
 
-def _check_comparison(design: Design, comparison: Comparison) -> None:
-    where = f"comparison {comparison.name!r}"
-    names = [m.name for m in design.metrics]
-    if comparison.metric not in names:
-        raise ConfigError(f"design {design.name!r}, {where}: no metric {comparison.metric!r}{hint(comparison.metric, names)}")
-    planned = {cell_key(c) for c in design.cells()}
-    for _, cell in comparison.terms:
-        _check_cell(design, cell, where)
-        if cell not in planned:
-            raise ConfigError(f"design {design.name!r}, {where}: cell {dict(cell)} is not one of the {len(planned)} cells that run")
-
-
-def _check_fields(cls: type, data: Mapping[str, Any]) -> None:
-    fields = [f for f in dataclasses.fields(cls)]
-    known = [f.name for f in fields]
-    for name in data:
-        if name not in known:
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{hint(name, known)}")
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    absent = [name for name in needed if name not in data]
-    if absent:
-        raise ConfigError(f"{cls.__name__} lacks {', '.join(absent)}")
+_PARTS = {"factors": Factor, "metrics": Metric, "comparisons": Comparison}  # the fields of a design that hold dataclasses
 
 
 def _build(cls: type, data: Mapping[str, Any]) -> Any:
-    _check_fields(cls, data)
-    return cls(**data)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        require_known(name, fields, f"{cls.__name__} has no field ")
+    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    absent = [name for name in needed if name not in data]
+    require(not absent, f"{cls.__name__} lacks {', '.join(absent)}")
+    return cls(**{k: tuple(_build(_PARTS[k], v) for v in value) if k in _PARTS else value for k, value in data.items()})

@@ -6,8 +6,10 @@ alone. Importing this module does not import matplotlib; drawing does.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from moe_jax.studies.analysis import Analysis, cell_text, heading_of, interval_t
 from moe_jax.studies.design import Cell, Design, Metric, cell_key
 from moe_jax.studies.document import Figure
 from moe_jax.studies.findings import subject
+from moe_jax.studies.stats import Contrast, Summary
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "*", "h")
@@ -24,15 +27,17 @@ LINES = ("-", "--", ":", "-.")
 GREY, RULE = "#6b7280", "#d5d9de"
 DPI = 150
 WIDTH = 9.0  # inches, every figure
+SEED_MARK: dict[str, Any] = {"color": GREY, "markersize": 4.5, "markerfacecolor": "white", "linewidth": 0}
+_wrap = functools.partial(textwrap.fill, width=44, break_long_words=False, break_on_hyphens=False)
+BESIDE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}  # text at the height of a row
 
 
 def cells_figure(analysis: Analysis, metric: Metric) -> Figure:
     """One metric: every seed of every cell, their mean and its t interval; thin lines join the cells of a seed."""
-    figure = _new_figure(_height(analysis.design))
-    _cells_panel(figure.subplots(), analysis, metric, numbers=True)
-    level = f"{100 * (1 - analysis.design.alpha):g} %"
+    figure, ((ax,),) = _grid(1, 1, 0.45 * len(analysis.design.cells()), margin=1.1)
+    _cells_panel(ax, analysis, metric, numbers=True)
     caption = (
-        f"{metric.label} by cell. Diamond and bar: mean and {level} t interval over seeds. Small marks: single seeds, each joined "
+        f"{metric.label} by cell. Diamond and bar: mean and {analysis.confidence} t interval over seeds. Small marks: single seeds, each joined "
         "across cells by a thin line. Where the lines run parallel, the cells differ by the same amount in every seed, and the "
         "paired differences resolve what these intervals, which contain the spread between seeds, do not."
     )
@@ -44,19 +49,11 @@ def others_figure(analysis: Analysis) -> Figure | None:
     metrics = [m for m in (*analysis.design.metrics[1:], analysis.time) if analysis.values.get(m.name)]
     if not metrics:
         return None
-    columns = min(2, len(metrics))
-    lines = math.ceil(len(metrics) / columns)
-    figure = _new_figure(lines * _height(analysis.design, row=0.3))
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    figure, axes = _grid(len(metrics), min(2, len(metrics)), 1.1 + 0.3 * len(analysis.design.cells()), sharey=True)
     for ax, metric in zip(axes.flat, metrics, strict=False):
         _cells_panel(ax, analysis, metric, numbers=False)
-    for ax in axes.flat[len(metrics) :]:
-        ax.set_axis_off()
-    return Figure(
-        "cells_others",
-        "The other metrics by cell. Diamond and bar: mean and t interval over seeds; small marks: single seeds.",
-        _png(figure),
-    )
+    caption = "The other metrics by cell. Diamond and bar: mean and t interval over seeds; small marks: single seeds."
+    return Figure("cells_others", caption, _png(figure))
 
 
 def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
@@ -65,25 +62,20 @@ def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
     tested = [(c, found) for c in design.comparisons if c.metric == metric.name and (found := analysis.contrasts[c.name])]
     if not tested:
         return None
-    figure = _new_figure(1.0 + 0.62 * len(tested))
-    ax = figure.subplots()
+    figure, ((ax,),) = _grid(1, 1, 0.62 * len(tested), margin=1.0)
     ax.axvline(0, color=GREY, linewidth=1.2, zorder=1)
-    markers = dict(zip(design.seeds, _cycle(MARKERS, len(design.seeds)), strict=True))
     for y, (_, found) in enumerate(tested):
         colour = PALETTE[0] if found.resolved else GREY
-        smallest = found.smallest_resolvable if found.smallest_in_family is None else found.smallest_in_family
-        ax.fill_betweenx([y - 0.34, y + 0.34], -smallest, smallest, color="#eceff3", linewidth=0, zorder=0)
-        ax.plot(found.interval, [y, y], color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
-        ax.plot(found.mean, y, "D", markersize=7, color=colour, markerfacecolor=colour if found.resolved else "white", zorder=4)
+        ax.fill_betweenx([y - 0.34, y + 0.34], -found.smallest, found.smallest, color="#eceff3", linewidth=0, zorder=0)
+        _estimate(ax, y, found, colour, filled=found.resolved)
         for seed, value in zip(found.seeds, found.differences, strict=True):
-            ax.plot(value, y + 0.25, markers[seed], markersize=4.5, color=GREY, markerfacecolor="white", zorder=3)
+            ax.plot(value, y + 0.25, _marker(design, seed), zorder=3, **SEED_MARK)
         text = f"{number(found.mean, metric.decimals, True)} {interval_text(found.interval, metric.decimals)}"
-        ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=colour)
-    _rows_axis(ax, [_wrap(subject(design, c)) for c, _ in tested])
-    ax.set_xlabel(f"difference in {heading_of(metric)}" + (f": {metric.better} is better" if metric.better else ""))
-    _seed_legend(figure, markers)
+        ax.annotate(text, (1.01, y), color=colour, **BESIDE)
+    _rows_axis(ax, [_wrap(subject(design, c)) for c, _ in tested], metric, "difference in ")
+    _seed_legend(figure, design)
     caption = (
-        f"Paired differences in {metric.label}: mean (diamond) and {100 * (1 - design.alpha):g} % interval of each comparison, with the "
+        f"Paired differences in {metric.label}: mean (diamond) and {analysis.confidence} interval of each comparison, with the "
         "difference of every seed. Blue and filled: resolved after Holm's correction; grey and open: unresolved. Grey band: "
         "effects smaller than the smallest resolvable one, which this design would miss more than one time in five."
     )
@@ -98,23 +90,21 @@ def load_figure(analysis: Analysis) -> Figure | None:
         return None
     from matplotlib import colors
 
-    columns = _load_columns(design, len(panels))
-    lines = math.ceil(len(panels) / columns)
+    last = len(design.factors[-1].levels)
+    columns = last if design.only is None and 1 < last <= 3 and len(panels) > 1 else min(2, len(panels))
     layers = max(load.shape[0] for _, load in panels)
-    figure = _new_figure(0.8 + lines * min(3.2, 0.75 + 0.2 * layers))
     alike = len({load.shape for _, load in panels}) == 1
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=alike, sharey=alike)
+    figure, axes = _grid(len(panels), columns, min(3.2, 0.75 + 0.2 * layers), 0.8, sharex=alike, sharey=alike)
     top = max(1.5, *(float(load.max()) for _, load in panels))
     scale, image = colors.TwoSlopeNorm(1.0, 0.0, top), None
     for ax, (cell, load) in zip(axes.flat, panels, strict=False):
         image = ax.imshow(load, cmap="PuOr_r", norm=scale, aspect="auto", interpolation="nearest")
-        ax.set_title(_wrap(cell_text(design, cell), 84 // columns), fontsize=10)
+        ax.set_title(_wrap(cell_text(design, cell), width=84 // columns), fontsize=10)
         ax.set_yticks(_ticks(load.shape[0]))
         ax.set_xticks(_ticks(load.shape[1]), [str(i + 1) for i in _ticks(load.shape[1])])
-        if load.size <= 96:
-            _annotate(ax, load, top)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
+        for (layer, expert), share in np.ndenumerate(load if load.size <= 96 else np.empty(0)):
+            strong = share < 0.4 or share > 1 + 0.6 * (top - 1)
+            ax.text(expert, layer, f"{share:.2f}", ha="center", va="center", fontsize=7, color="white" if strong else "#222222")
     figure.supxlabel("experts of a layer, busiest first", fontsize=10)
     figure.supylabel("layer", fontsize=10)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
@@ -128,13 +118,11 @@ def load_figure(analysis: Analysis) -> Figure | None:
 
 def curves_figure(analysis: Analysis) -> Figure | None:
     """Every series by step, the mean and the range over seeds of each cell; None when no run recorded one."""
-    design = analysis.design
     names = sorted({name for run in analysis.finished.values() for name in run.series if len(run.series[name]) > 1})
     if not names:
         return None
-    legend_lines = math.ceil(len(design.cells()) / 2)
-    figure = _new_figure(3.3 * len(names) + 0.2 * legend_lines)
-    axes = figure.subplots(len(names), 2, squeeze=False)
+    legend_lines = math.ceil(len(analysis.design.cells()) / 2)
+    figure, axes = _grid(2 * len(names), 2, 3.3, margin=0.2 * legend_lines)
     for (whole, end), name in zip(axes, names, strict=True):
         _curves_panel(whole, analysis, name, 0.0)
         _curves_panel(end, analysis, name, 0.5)
@@ -170,15 +158,11 @@ def common_curve(series: Sequence[Any]) -> tuple[list[float], np.ndarray] | None
 
 def cell_styles(design: Design) -> list[tuple[str, str]]:
     """(colour, line style) of each cell: the first factor chooses the colour, the rest the line, so that a pair is seen as one."""
-    first, rest = design.factors[0], []
-    styles = []
-    for cell in design.cells():
-        others = cell_key({name: level for name, level in cell.items() if name != first.name})
-        if others not in rest:
-            rest.append(others)
-        colour = PALETTE[first.levels.index(cell[first.name]) % len(PALETTE)]
-        styles.append((colour, LINES[rest.index(others) % len(LINES)]))
-    return styles
+    first, cells = design.factors[0], design.cells()
+    others = [cell_key({name: level for name, level in cell.items() if name != first.name}) for cell in cells]
+    colours = [PALETTE[first.levels.index(cell[first.name]) % len(PALETTE)] for cell in cells]
+    distinct = list(dict.fromkeys(others))
+    return [(colour, LINES[distinct.index(other) % len(LINES)]) for colour, other in zip(colours, others, strict=True)]
 
 
 # ---------------------------------------------------------------- drawing
@@ -188,28 +172,31 @@ def _cells_panel(ax: Any, analysis: Analysis, metric: Metric, numbers: bool) -> 
     design = analysis.design
     cells, styles = design.cells(), cell_styles(design)
     values = analysis.values.get(metric.name, {})
-    markers = dict(zip(design.seeds, _cycle(MARKERS, len(design.seeds)), strict=True))
     for seed in design.seeds:
         points = [(values[cell_key(c)][seed], y + 0.24) for y, c in enumerate(cells) if seed in values.get(cell_key(c), {})]
+        if points and numbers:
+            ax.plot(*zip(*points, strict=True), "-", color=RULE, linewidth=0.9, zorder=1)
         if points:
-            if numbers:
-                ax.plot(*zip(*points, strict=True), "-", color=RULE, linewidth=0.9, zorder=1)
-            ax.plot(*zip(*points, strict=True), markers[seed], color=GREY, markersize=4.5, markerfacecolor="white", linewidth=0, zorder=2)
+            ax.plot(*zip(*points, strict=True), _marker(design, seed), zorder=2, **SEED_MARK)
     for y, (cell, (colour, _)) in enumerate(zip(cells, styles, strict=True)):
         found = analysis.summary(metric, cell)
         if found is None:
-            ax.annotate("no finished run", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center", color=GREY, fontsize=9)
+            ax.annotate("no finished run", (0.5, y), ha="center", color=GREY, **BESIDE)
             continue
-        if found.n > 1:
-            ax.plot(found.interval, [y, y], color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
-        ax.plot(found.mean, y, "D", color=colour, markersize=7, zorder=4)
+        _estimate(ax, y, found, colour)
         if numbers:
             text = number(found.mean, metric.decimals) + (f" ± {number(found.sd, metric.decimals)}" if found.n > 1 else "")
-            ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    _rows_axis(ax, [cell_text(design, cell) for cell in cells])
-    ax.set_xlabel(heading_of(metric) + (f": {metric.better} is better" if metric.better else ""))
+            ax.annotate(text, (1.01, y), **BESIDE)
+    _rows_axis(ax, [cell_text(design, cell) for cell in cells], metric)
     if numbers:
-        _seed_legend(ax.figure, markers)
+        _seed_legend(ax.figure, design)
+
+
+def _estimate(ax: Any, y: float, found: Summary | Contrast, colour: str, filled: bool = True) -> None:
+    """The mean as a diamond and its interval, where there is one, as a bar."""
+    if found.n > 1:
+        ax.plot(found.interval, [y, y], color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
+    ax.plot(found.mean, y, "D", color=colour, markersize=7, markerfacecolor=colour if filled else "white", zorder=4)
 
 
 def _curves_panel(ax: Any, analysis: Analysis, name: str, start: float) -> None:
@@ -224,66 +211,45 @@ def _curves_panel(ax: Any, analysis: Analysis, name: str, start: float) -> None:
             ax.plot(steps, values.mean(0), line, color=colour, linewidth=1.6, label=cell_text(design, cell))
     ax.set_xlabel("step")
     ax.grid(color=RULE, linewidth=0.6)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
-def _rows_axis(ax: Any, labels: Sequence[str]) -> None:
+def _rows_axis(ax: Any, labels: Sequence[str], metric: Metric, of: str = "") -> None:
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color=RULE, linewidth=0.6)
     ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.set_xlabel(of + heading_of(metric) + (f": {metric.better} is better" if metric.better else ""))
 
 
-def _seed_legend(figure: Any, markers: dict[int, str]) -> None:
+def _marker(design: Design, seed: int) -> str:
+    return MARKERS[design.seeds.index(seed) % len(MARKERS)]
+
+
+def _seed_legend(figure: Any, design: Design) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], marker=m, linestyle="", color=GREY, markerfacecolor="white", label=f"seed {s}") for s, m in markers.items()]
+    style = {**SEED_MARK, "markersize": None}
+    handles = [Line2D([], [], marker=_marker(design, seed), label=f"seed {seed}", **style) for seed in design.seeds]
     figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(handles)), frameon=False, fontsize=9)
-
-
-def _annotate(ax: Any, load: np.ndarray, top: float) -> None:
-    for layer, expert in np.ndindex(*load.shape):
-        value = float(load[layer, expert])
-        strong = value < 0.4 or value > 1 + 0.6 * (top - 1)
-        ax.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if strong else "#222222")
-
-
-def _load_columns(design: Design, panels: int) -> int:
-    last = len(design.factors[-1].levels)
-    return last if design.only is None and 1 < last <= 3 and panels > 1 else min(2, panels)
 
 
 def _ticks(count: int) -> list[int]:
     return list(range(0, count, max(1, math.ceil(count / 8))))
 
 
-def _wrap(text: str, width: int = 44) -> str:
-    """Breaks a label at blanks into lines of at most `width` characters."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
-def _cycle(values: Sequence[str], count: int) -> list[str]:
-    return [values[i % len(values)] for i in range(count)]
-
-
-def _height(design: Design, row: float = 0.45) -> float:
-    return 1.1 + row * len(design.cells())
-
-
-def _new_figure(height: float) -> Any:
+def _grid(count: int, columns: int, row_height: float, margin: float = 0.0, **share: Any) -> tuple[Any, np.ndarray]:
+    """A figure and its [line, column] axes for `count` panels; those beyond are left empty. `margin` is for the figure's own labels."""
     from matplotlib.figure import Figure as Canvas
 
-    return Canvas(figsize=(WIDTH, max(2.2, height)), layout="constrained")
+    lines = math.ceil(count / columns)
+    figure = Canvas(figsize=(WIDTH, max(2.2, margin + lines * row_height)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, **share)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, axes
 
 
 def _png(figure: Any) -> bytes:

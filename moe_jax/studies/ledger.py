@@ -17,10 +17,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from moe_jax.config_tools import config_dict
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.studies.design import Cell, CellKey, Design, cell_key, differences, hint
+from moe_jax.studies.design import Cell, CellKey, Design, cell_key, differences, hint, require, require_known
 
 FILE_NAME = "ledger.jsonl"
 SCHEMA = 1
@@ -78,7 +79,8 @@ class Ledger:
         """
         path = Path(workdir) / FILE_NAME
         if not path.exists():
-            _begin(path, design)
+            header = {"kind": "design", "schema": SCHEMA, "digest": design.digest(), "design": design.to_json()}
+            replace_file(path, _line(header))  # not appended to an empty file: a ledger never exists without its design
         found = cls.read(workdir).design
         if found.digest() != design.digest():
             changes = "; ".join(differences(found, design))
@@ -92,8 +94,7 @@ class Ledger:
     def read(cls, workdir: str | os.PathLike[str]) -> Ledger:
         """The ledger in `workdir`, whatever its study is. Raises LedgerMissing or LedgerDamaged."""
         path = Path(workdir) / FILE_NAME
-        if not path.exists():
-            raise LedgerMissing(f"no {FILE_NAME} in {workdir}: no study has begun there")
+        require(path.exists(), f"no {FILE_NAME} in {workdir}: no study has begun there", LedgerMissing)
         return cls(path, _scan(path).design)
 
     def runs(self) -> tuple[Run, ...]:
@@ -125,10 +126,9 @@ class Ledger:
         """
         line = _encode(self.design, run)
         scan = _scan(self.path)
-        if run.status == "finished" and run.key in scan.finished_at:
-            where = scan.finished_at[run.key]
+        if run.status == "finished" and (where := scan.finished_at.get(run.key)):
             raise ValueError(f"{self.path}: {_name(run)} is finished already (line {where}); a study counts a run once")
-        _write(self.path, scan.healing + line)
+        _append(self.path, scan.healing + line)
 
 
 def _name(run: Run) -> str:
@@ -138,30 +138,26 @@ def _name(run: Run) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def _begin(path: Path, design: Design) -> None:
-    """Writes the header beside its place and moves it there, so that a ledger never exists without its design."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a whole file beside its place and moves it there: at any moment the old or the new one is there, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"kind": "design", "schema": SCHEMA, "digest": design.digest(), "design": design.to_json()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "xb") as file:
-        file.write(_line(header))
+    with open(beside, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # the new name, too, survives a power cut
     finally:
         os.close(folder)
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        written = os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _append(path: Path, data: bytes) -> None:
+    with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that a killed writer tears one line at most
+        written = file.write(data)
+        os.fsync(file.fileno())
     if written < len(data):
         raise OSError(f"{path}: only {written} of {len(data)} bytes were written (is the disk full?); the run is not recorded")
 
@@ -174,18 +170,15 @@ def _encode(design: Design, run: Run) -> bytes:
     """One line of the file. Raises ValueError for a run that the design does not know or that lacks something."""
     _check_run(design, run)
     strict = run.status == "finished"
-    row = {
-        "kind": "run",
-        "status": run.status,
-        "cell": dict(run.cell),
-        "seed": run.seed,
-        "metrics": {name: _number(v, f"metric {name!r} of {_name(run)}", strict) for name, v in run.metrics.items()},
-        "series": {name: _series(v, name) for name, v in run.series.items()},
-        "arrays": {name: _numbers(v, f"array {name!r}") for name, v in run.arrays.items()},
-        "seconds": _number(run.seconds, "seconds", True),
-        "provenance": dict(run.provenance),
-        "error": run.error,
-    }
+    row = {"kind": "run", "status": run.status, **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}}
+    row["metrics"] = {name: _number(v, f"metric {name!r} of {_name(run)}", strict) for name, v in run.metrics.items()}
+    row["series"] = {name: _numbers(v, f"series {name!r}") for name, v in run.series.items()}
+    for name, points in row["series"].items():
+        pairs = isinstance(points, list) and all(isinstance(p, list) and len(p) == 2 for p in points)
+        require(pairs, f"series {name!r} is not a list of [step, value] pairs", ValueError)
+    row["arrays"] = {name: _numbers(v, f"array {name!r}") for name, v in run.arrays.items()}
+    row["seconds"] = _number(run.seconds, "seconds", strict=True)
+    row["provenance"] = dict(run.provenance)
     try:
         return _line(row)
     except (TypeError, ValueError) as error:
@@ -193,19 +186,15 @@ def _encode(design: Design, run: Run) -> bytes:
 
 
 def _check_run(design: Design, run: Run) -> None:
-    planned = {(cell_key(cell), seed) for cell, seed in design.runs()}
-    if run.key not in planned:
-        raise ValueError(f"{_name(run)} is not one of the {len(planned)} runs of study {design.name!r}")
-    if run.status not in STATUSES:
-        raise ValueError(f"status {run.status!r}{hint(run.status, STATUSES)}")
-    if (run.status == "failed") != bool(run.error):
-        raise ValueError(
-            f"{_name(run)}: status {run.status!r} with error {run.error!r}; a failed run says why, a finished one has no error"
-        )
+    name, planned = _name(run), {(cell_key(cell), seed) for cell, seed in design.runs()}
+    require(run.key in planned, f"{name} is not one of the {len(planned)} runs of study {design.name!r}", ValueError)
+    require_known(run.status, STATUSES, "status ", ValueError)
+    failed, state = run.status == "failed", f"status {run.status!r} with error {run.error!r}"
+    require(failed == bool(run.error), f"{name}: {state}; a failed run says why, a finished one has no error", ValueError)
     absent = [m.name for m in design.metrics if m.name not in run.metrics]
-    if run.status == "finished" and absent:
-        hints = "; ".join(f"{name!r}{hint(name, run.metrics)}" for name in absent)
-        raise ValueError(f"{_name(run)} is finished but lacks {len(absent)} of {len(design.metrics)} metrics ({hints})")
+    if absent and not failed:
+        hints = "; ".join(f"{metric!r}{hint(metric, run.metrics)}" for metric in absent)
+        raise ValueError(f"{name} is finished but lacks {len(absent)} of {len(design.metrics)} metrics ({hints})")
 
 
 def _number(value: Any, what: str, strict: bool = False) -> int | float | str:
@@ -213,11 +202,9 @@ def _number(value: Any, what: str, strict: bool = False) -> int | float | str:
     value = value.item() if hasattr(value, "item") else value  # an array library's scalar
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{what} is {value!r}, not a number")
-    if math.isfinite(value):
-        return value
-    if strict:
+    if strict and not math.isfinite(value):
         raise ValueError(f"{what} is {value}; a run that did not end in finite numbers is recorded as failed")
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return config_dict(value)
 
 
 def _numbers(value: Any, what: str) -> Any:
@@ -227,18 +214,10 @@ def _numbers(value: Any, what: str) -> Any:
     return _number(value, what)
 
 
-def _series(value: Any, name: str) -> list[Any]:
-    points = _numbers(value, f"series {name!r}")
-    if not all(isinstance(p, list) and len(p) == 2 for p in points):
-        raise ValueError(f"series {name!r} is not a list of [step, value] pairs")
-    return points
-
-
 # ---------------------------------------------------------------- reading
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scan:
+class _Scan(NamedTuple):
     """What one reading of the file found."""
 
     design: Design
@@ -249,13 +228,9 @@ class _Scan:
 
 
 def _scan(path: Path) -> _Scan:
-    data = path.read_bytes()
-    lines = data.split(b"\n")
-    ended = lines[-1] == b""
-    if ended:
-        lines.pop()
-    if not lines:
-        raise LedgerDamaged(f"{path} is empty: its first line must hold the design")
+    *lines, rest = path.read_bytes().split(b"\n")
+    lines += [rest] if rest else []  # what a killed writer left, or a whole line that lacks its end only
+    require(lines, f"{path} is empty: its first line must hold the design", LedgerDamaged)
     design = _header(path, lines[0])
     runs: list[Run] = []
     finished_at: dict[RunKey, int] = {}
@@ -275,7 +250,7 @@ def _scan(path: Path) -> _Scan:
             runs.append(run)
     if unread != list(range(len(lines) + 1 - len(unread), len(lines) + 1)):  # only a tail can be a killed writer's
         raise LedgerDamaged(f"{path}: line {unread[0]} is not a JSON object; restore it from a copy, or delete that line to run it again")
-    healing = (b"" if ended else b"\n") + (_line({"kind": "torn", "lines": unread}) if unread else b"")
+    healing = (b"\n" if rest else b"") + (_line({"kind": "torn", "lines": unread}) if unread else b"")
     return _Scan(design, tuple(runs), finished_at, (*torn, *unread), healing)
 
 
@@ -291,26 +266,23 @@ def _header(path: Path, text: bytes) -> Design:
     row = _parse(text)
     if row is None or row.get("kind") != "design":
         raise LedgerDamaged(f"{path}: line 1 is not a study's design")
-    if row.get("schema") != SCHEMA:
-        raise LedgerDamaged(f"{path}: written with schema {row.get('schema')!r}; this program reads schema {SCHEMA}")
+    schema, recorded = row.get("schema"), row.get("digest")
+    require(schema == SCHEMA, f"{path}: written with schema {schema!r}; this program reads schema {SCHEMA}", LedgerDamaged)
     try:
         design = Design.from_json(row["design"])
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerDamaged(f"{path}: line 1 holds no usable design: {error}") from error
-    if design.digest() != row.get("digest"):
-        found, recorded = design.digest()[:12], str(row.get("digest"))[:12]
-        raise LedgerDamaged(f"{path}: the design has digest {found} but line 1 records {recorded}: it was edited after the study began")
+    found = design.digest()
+    digests = f"{found[:12]} but line 1 records {str(recorded)[:12]}"
+    require(found == recorded, f"{path}: the design has digest {digests}: it was edited after the study began", LedgerDamaged)
     return design
 
 
 def _decode(path: Path, number: int, design: Design, row: dict[str, Any]) -> Run:
-    fields = {name: value for name, value in row.items() if name != "kind"}
+    kind, fields = row.get("kind"), {name: value for name, value in row.items() if name != "kind"}
     try:
-        if row.get("kind") != "run":
-            raise ValueError(f"kind {row.get('kind')!r} is not 'run'")
-        for name in ("metrics", "series", "arrays"):
-            fields[name] = _floats(fields[name])
-        run = Run(**fields)
+        require(kind == "run", f"kind {kind!r} is not 'run'", ValueError)
+        run = Run(**{**fields, **{name: _floats(fields[name]) for name in ("metrics", "series", "arrays")}})
         _check_run(design, run)
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerDamaged(f"{path}: line {number}: {error}") from error

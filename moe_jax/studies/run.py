@@ -4,6 +4,7 @@ Above the rest of moe_jax.studies: this file imports jax.
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 import time
@@ -17,7 +18,7 @@ import jax
 from moe_jax.errors import NonFinite, Stopped
 from moe_jax.studies.design import Design
 from moe_jax.studies.ledger import Ledger, Run
-from moe_jax.train.data import Corpus, Data, DataConfig, build, load_corpus
+from moe_jax.train.data import Data, build, load_corpus
 from moe_jax.train.loop import RunConfig, provenance, run
 from moe_jax.train.program import Program
 from moe_jax.train.writers import Progress
@@ -119,8 +120,8 @@ class _Shared:
 
     def __init__(self):
         self._programs: dict[tuple, Program] = {}
-        self._corpora: dict[DataConfig, Corpus] = {}
-        self._data: tuple[tuple[DataConfig, int], Data] | None = None
+        corpus = functools.cache(load_corpus)
+        self._data = functools.lru_cache(maxsize=1)(lambda data, seed: build(data, seed, corpus=corpus(data)))  # runs go seed by seed
 
     def program(self, config: RunConfig) -> Program:
         structure = config.structure()
@@ -129,25 +130,21 @@ class _Shared:
         return self._programs[structure]
 
     def data(self, config: RunConfig) -> Data:
-        key = (config.data, config.data_seed)
-        if self._data is None or self._data[0] != key:
-            if config.data not in self._corpora:
-                self._corpora[config.data] = load_corpus(config.data)
-            self._data = key, build(config.data, config.data_seed, corpus=self._corpora[config.data])
-        return self._data[1]
+        return self._data(config.data, config.data_seed)
 
     def compiled(self) -> Counter[str]:
         return sum((program.compiled for program in self._programs.values()), Counter())
 
 
+@dataclasses.dataclass(frozen=True)
 class _Part:
-    """The progress of one run as a part of the study's."""
+    """The progress of one run, which began after `base` updates, as a part of the study's."""
 
-    def __init__(self, progress: Progress, base: int):
-        self._progress, self._base = progress, base
+    progress: Progress
+    base: int
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
-        self._progress.update(self._base + step, metrics, tokens)
+        self.progress.update(self.base + step, metrics, tokens)
 
 
 def describe_devices() -> str:

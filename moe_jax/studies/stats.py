@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special
 
-from moe_jax.studies.design import CellKey, Comparison
+from moe_jax.studies.design import CellKey, Comparison, require
 
+ByCell = Mapping[CellKey, Mapping[int, float]]  # values of one metric: [cell][seed]
 EXACT_LIMIT = 22  # seeds; beyond it 2^n sign patterns no longer fit in memory and the exact p is nan
 POWER = 0.8
 
@@ -49,6 +50,11 @@ class Contrast:
         """Whether the effect differs from zero at alpha, by the Holm-corrected p when there is a family."""
         return (self.p if self.holm_p is None else self.holm_p) <= self.alpha
 
+    @property
+    def smallest(self) -> float:
+        """The smallest resolvable effect: that of the family when there is one."""
+        return self.smallest_resolvable if self.smallest_in_family is None else self.smallest_in_family
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -74,7 +80,7 @@ def paired(a: Sequence[float], b: Sequence[float], seeds: Sequence[int] | None =
     return _of_differences(first - second, seeds, alpha)
 
 
-def contrast(values: Mapping[CellKey, Mapping[int, float]], comparison: Comparison, alpha: float = 0.05) -> Contrast:
+def contrast(values: ByCell, comparison: Comparison, alpha: float = 0.05) -> Contrast:
     """Tests a declared comparison on values[cell][seed], over the seeds that every cell of the comparison has.
 
     Raises ValueError when fewer than 2 seeds have all the cells.
@@ -88,16 +94,17 @@ def contrast(values: Mapping[CellKey, Mapping[int, float]], comparison: Comparis
     return dataclasses.replace(found, name=comparison.name, metric=comparison.metric, family=comparison.family)
 
 
-def contrasts(
-    values: Mapping[str, Mapping[CellKey, Mapping[int, float]]], comparisons: Iterable[Comparison], alpha: float = 0.05
-) -> dict[str, Contrast | None]:
+def contrasts(values: Mapping[str, ByCell], comparisons: Iterable[Comparison], alpha: float = 0.05) -> dict[str, Contrast | None]:
     """Every declared comparison on values[metric][cell][seed], with Holm's correction inside each family; None where seeds lack.
 
     A family keeps its declared size while runs are missing (an untested member counts as p = 1), so a partial study is not
     corrected less than the whole one.
     """
     declared = list(comparisons)
-    found = {c.name: _try(values.get(c.metric, {}), c, alpha) for c in declared}
+    found: dict[str, Contrast | None] = {}
+    for c in declared:
+        enough = len(seeds_of(values.get(c.metric, {}), c)) >= 2
+        found[c.name] = contrast(values[c.metric], c, alpha) if enough else None
     for family in {c.family for c in declared}:
         names = [c.name for c in declared if c.family == family]
         corrected = holm([1.0 if (member := found[name]) is None else member.p for name in names])
@@ -108,7 +115,7 @@ def contrasts(
     return found
 
 
-def seeds_of(values: Mapping[CellKey, Mapping[int, float]], comparison: Comparison) -> tuple[int, ...]:
+def seeds_of(values: ByCell, comparison: Comparison) -> tuple[int, ...]:
     """The seeds, ascending, for which every cell of the comparison has a value."""
     return tuple(sorted(set.intersection(*(set(values.get(cell, {})) for _, cell in comparison.terms))))
 
@@ -123,9 +130,8 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):  # a nan fails this too
         raise ValueError(f"holm needs a list of p values in [0, 1]; got {list(p_values)}")
     order = np.argsort(p, kind="stable")
-    stepped = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
     adjusted = np.empty_like(p)
-    adjusted[order] = stepped
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
     return tuple(map(float, adjusted))
 
 
@@ -134,12 +140,9 @@ def summary(values: Iterable[float], alpha: float = 0.05) -> Summary:
     x = np.asarray(list(values), np.float64)
     if x.size < 1 or not np.all(np.isfinite(x)):
         raise ValueError(f"summary needs at least 1 finite value; got {x.tolist()}")
-    mean, population = float(x.mean()), float(x.std())
-    if x.size == 1:
-        return Summary(1, mean, math.nan, population, (math.nan, math.nan))
-    sd = float(x.std(ddof=1))
+    mean, sd = float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else math.nan
     half = t_quantile(x.size - 1, alpha) * sd / math.sqrt(x.size)
-    return Summary(x.size, mean, sd, population, (mean - half, mean + half))
+    return Summary(x.size, mean, sd, float(x.std()), (mean - half, mean + half))
 
 
 def smallest_exact_p(n: int) -> float:
@@ -192,12 +195,10 @@ def detectable(n: int, alpha: float, power: float = POWER) -> float:
 
 def _of_differences(differences: np.ndarray, seeds: Sequence[int] | None, alpha: float) -> Contrast:
     n = differences.size
-    if n < 2:
-        raise ValueError(f"a paired comparison needs at least 2 seeds; got {n}")
-    if not np.all(np.isfinite(differences)):
-        raise ValueError(f"a paired comparison needs finite values; the differences are {differences.tolist()}")
-    if seeds is not None and len(seeds) != n:
-        raise ValueError(f"{n} pairs but {len(seeds)} seeds")
+    values = differences.tolist()
+    require(n >= 2, f"a paired comparison needs at least 2 seeds; got {n}", ValueError)
+    require(np.all(np.isfinite(differences)), f"a paired comparison needs finite values; the differences are {values}", ValueError)
+    require(seeds is None or len(seeds) == n, f"{n} pairs but {len(seeds or ())} seeds", ValueError)
     mean, sd, t, p = (float(x) for x in t_test(differences))
     se = sd / math.sqrt(n)
     half = t_quantile(n - 1, alpha) * se
@@ -212,11 +213,7 @@ def _of_differences(differences: np.ndarray, seeds: Sequence[int] | None, alpha:
         interval=(mean - half, mean + half),
         exact_p=float(sign_flip_p(differences)) if n <= EXACT_LIMIT else math.nan,
         smallest_resolvable=detectable(n, alpha) * se,
-        differences=tuple(map(float, differences)),
+        differences=tuple(values),
         seeds=tuple(seeds or ()),
         alpha=alpha,
     )
-
-
-def _try(values: Mapping[CellKey, Mapping[int, float]], comparison: Comparison, alpha: float) -> Contrast | None:
-    return contrast(values, comparison, alpha) if len(seeds_of(values, comparison)) >= 2 else None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from moe_jax import config_tools
 from moe_jax.studies import stats
@@ -38,41 +41,41 @@ def results(analysis: Analysis, brief: bool = False) -> Table:
 
 def contrasts(analysis: Analysis, metric: Metric) -> Table:
     """One row per declared comparison of one metric; the notes say how to read it."""
-    design = analysis.design
-    level = f"{100 * (1 - design.alpha):g} % interval"
-    header = ("comparison", "effect", level, "t", "p", "Holm p", "exact p", "smallest resolvable", "n", "verdict")
-    rows = [(c.name, *_contrast_row(analysis, c)) for c in design.comparisons if c.metric == metric.name]
+    header = ("effect", f"{analysis.confidence} interval", "t", "p", "Holm p", "exact p", "smallest resolvable", "n", "verdict")
+    rows = [(c.name, *_contrast_row(analysis, c)) for c in analysis.design.comparisons if c.metric == metric.name]
     caption = f"Paired differences in {heading_of(metric)}"
-    return Table(caption, header, tuple(rows), last_words=1, notes=_contrast_notes(design))
+    return Table(caption, ("comparison", *header), tuple(rows), last_words=1, notes=_contrast_notes(analysis.design))
 
 
 def brief_contrasts(analysis: Analysis) -> Table:
-    """Every comparison in one table with short headers and no notes, for a terminal."""
-    header = ("comparison", "metric", "effect", "interval", "t", "p", "Holm p", "exact p", "smallest", "n", "verdict")
-    rows = [(c.name, c.metric, *_contrast_row(analysis, c)) for c in analysis.design.comparisons]
-    table = Table("Contrasts, paired by seed", header, tuple(rows), words=2, last_words=1)
-    return _without(table, "metric") if len({c.metric for c in analysis.design.comparisons}) == 1 else table
+    """Every comparison in one table with short headers and no notes, for a terminal; the metric is named where there are several."""
+    comparisons = analysis.design.comparisons
+    several = len({c.metric for c in comparisons}) > 1
+    names = ("comparison", "metric") if several else ("comparison",)
+    header = (*names, "effect", "interval", "t", "p", "Holm p", "exact p", "smallest", "n", "verdict")
+    rows = [(c.name, *[c.metric] * several, *_contrast_row(analysis, c)) for c in comparisons]
+    return Table("Contrasts, paired by seed", header, tuple(rows), words=len(names), last_words=1)
 
 
 def every_number(analysis: Analysis) -> Table:
     """One row per metric and cell: n, mean, interval, both deviations, and the value of every seed."""
     design = analysis.design
-    header = ["metric", "cell", "n", "mean", f"{100 * (1 - design.alpha):g} % interval", "sample sd", "population sd"]
+    header = ["metric", "cell", "n", "mean", f"{analysis.confidence} interval", "sample sd", "population sd"]
     rows = []
     for metric in (*design.metrics, analysis.time):
         for cell in design.cells():
-            if (found := analysis.summary(metric, cell)) is None:
-                continue
-            d = metric.decimals
-            numbers = (number(found.mean, d), interval_text(found.interval, d), number(found.sd, d), number(found.population_sd, d))
-            rows.append((heading_of(metric), cell_text(design, cell), str(found.n), *numbers, *_per_seed(analysis, metric, cell)))
-    seeds = tuple(f"seed {seed}" for seed in design.seeds)
-    return Table("Every metric, cell and seed", (*header, *seeds), tuple(rows), words=2)
+            if (found := analysis.summary(metric, cell)) is not None:
+                mean, sd, population_sd = (number(x, metric.decimals) for x in (found.mean, found.sd, found.population_sd))
+                numbers = (mean, interval_text(found.interval, metric.decimals), sd, population_sd)
+                by_seed = analysis.values[metric.name][cell_key(cell)]
+                each = (number(by_seed.get(seed, math.nan), metric.decimals) for seed in design.seeds)
+                rows.append((heading_of(metric), cell_text(design, cell), str(found.n), *numbers, *each))
+    return Table("Every metric, cell and seed", (*header, *(f"seed {seed}" for seed in design.seeds)), tuple(rows), words=2)
 
 
 def settings(design: Design) -> Table:
     """What is fixed, one row per setting."""
-    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in config_tools.flatten(design.settings).items()]
+    rows = [(name, _json_text(value)) for name, value in config_tools.flatten(design.settings).items()]
     return Table("What is fixed", ("setting", "value"), tuple(rows), words=2)
 
 
@@ -93,14 +96,16 @@ def measured(analysis: Analysis) -> Table:
 
 def provenance(analysis: Analysis) -> Table:
     """What the finished runs ran on; a field with more than one value is shown with the number of runs of each."""
-    seen: dict[str, dict[str, int]] = {}
+    seen: dict[str, Counter[str]] = {}
     for run in analysis.finished.values():
-        for name, value in config_tools.flatten(dict(run.provenance)).items():
-            counts = seen.setdefault(name, {})
-            text = value if isinstance(value, str) else json.dumps(value)
-            counts[text] = counts.get(text, 0) + 1
-    rows = [(name, _values_text(counts, len(analysis.finished))) for name, counts in seen.items()]
+        for name, value in config_tools.flatten(run.provenance).items():
+            seen.setdefault(name, Counter())[_json_text(value)] += 1
+    rows = [(name, _counts_text(counts, len(analysis.finished))) for name, counts in seen.items()]
     return Table("What the runs ran on", ("field", "value"), tuple(rows), words=2)
+
+
+def _json_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _column(metric: Metric, brief: bool) -> str:
@@ -112,15 +117,8 @@ def _spread(analysis: Analysis, metric: Metric, cell: Cell, population: bool = F
     found = analysis.summary(metric, cell)
     if found is None:
         return "-"
-    text = number(found.mean, metric.decimals)
-    if found.n > 1:
-        text += f" ± {number(found.sd, metric.decimals)}" + (f" ({number(found.population_sd, metric.decimals)})" if population else "")
-    return text
-
-
-def _per_seed(analysis: Analysis, metric: Metric, cell: Cell) -> tuple[str, ...]:
-    values = analysis.values.get(metric.name, {}).get(cell_key(cell), {})
-    return tuple(number(values[seed], metric.decimals) if seed in values else "-" for seed in analysis.design.seeds)
+    mean, sd, population_sd = (number(x, metric.decimals) for x in (found.mean, found.sd, found.population_sd))
+    return mean if found.n == 1 else f"{mean} ± {sd} ({population_sd})" if population else f"{mean} ± {sd}"
 
 
 def _contrast_row(analysis: Analysis, comparison: Comparison) -> tuple[str, ...]:
@@ -128,16 +126,13 @@ def _contrast_row(analysis: Analysis, comparison: Comparison) -> tuple[str, ...]
     judged = verdict(analysis.design, comparison, found)
     if found is None:
         return (*["-"] * 7, str(len(stats.seeds_of(analysis.values.get(metric.name, {}), comparison))), judged)
-    smallest = found.smallest_resolvable if found.smallest_in_family is None else found.smallest_in_family
     numbers = (number(found.mean, metric.decimals, sign=True), interval_text(found.interval, metric.decimals), t_text(found.t))
     ps = (p_text(found.p), p_text(found.holm_p), p_text(found.exact_p))
-    return (*numbers, *ps, number(smallest, metric.decimals), str(found.n), judged)
+    return (*numbers, *ps, number(found.smallest, metric.decimals), str(found.n), judged)
 
 
 def _contrast_notes(design: Design) -> tuple[str, ...]:
-    n, sizes = len(design.seeds), {}
-    for comparison in design.comparisons:
-        sizes[comparison.family] = sizes.get(comparison.family, 0) + 1
+    n, sizes = len(design.seeds), Counter(c.family for c in design.comparisons)
     families = ", ".join(f"{name} ({size})" for name, size in sizes.items())
     return (
         "Each difference is formed within a seed, then tested over seeds: t and p are the paired t test's. "
@@ -149,15 +144,9 @@ def _contrast_notes(design: Design) -> tuple[str, ...]:
     )
 
 
-def _without(table: Table, column: str) -> Table:
-    at = table.header.index(column)
-    header, *rows = (row[:at] + row[at + 1 :] for row in (table.header, *table.rows))
-    return dataclasses.replace(table, header=header, rows=tuple(rows), words=table.words - (at < table.words))
-
-
-def _values_text(counts: dict[str, int], runs: int) -> str:
-    if len(counts) == 1 and sum(counts.values()) == runs:
+def _counts_text(counts: Counter[str], runs: int) -> str:
+    if len(counts) == 1 and counts.total() == runs:
         return next(iter(counts))
-    parts = [f"{text} ({count} runs)" for text, count in list(counts.items())[:4]]
+    parts = ", ".join(f"{text} ({count} runs)" for text, count in list(counts.items())[:4])
     more = f", and {len(counts) - 4} other values" if len(counts) > 4 else ""
-    return f"{len(counts)} values: " + ", ".join(parts) + more if len(counts) > 1 else parts[0]
+    return f"{len(counts)} values: {parts}{more}" if len(counts) > 1 else parts

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +19,14 @@ from jaxtyping import Int32, Int64
 
 from moe_jax.errors import ConfigError, DataError
 from moe_jax.train import texts, tokenizers
-from moe_jax.train.sources import MissingData, find
+from moe_jax.train.sources import Cache, MissingData, find
 
 SPLIT_WORDS = {
     "clean": "documents are divided before any window is cut, the same way for every seed; no token is in both parts",
     "leaky": "windows of one token stream at every offset, divided at random per seed; validation text is also trained on",
 }
 # The fields of a config that decide its corpus; the others only cut windows from it.
-_CORPUS_FIELDS = ("source", "tokenizer", "split", "document_order", "document_separator", "validation_share")
-_CORPUS_FIELDS += ("max_documents", "max_characters", "max_tokens")
+_CORPUS_FIELDS = "source tokenizer split document_order document_separator validation_share max_documents max_characters max_tokens".split()
 _BLOCK = 1024  # documents encoded at a time
 _PREFETCH = 4  # batches made ahead
 
@@ -85,7 +84,7 @@ class Corpus:
     text_tokens: int  # which they became, before the cap and without separators
 
 
-def load_corpus(config: DataConfig, cache: str | Path | None = None) -> Corpus:
+def load_corpus(config: DataConfig, cache: Cache = None) -> Corpus:
     """Reads, divides and tokenises a source. A trained tokenizer sees the training documents only.
 
     Raises DataError (missing or damaged source, too few documents), ConfigError (a separator that the tokenizer lacks).
@@ -130,22 +129,19 @@ def _encode(config: DataConfig, chosen: Sequence[str], held_out: Sequence[bool],
     room = config.max_tokens if config.max_tokens is not None else 1 << 62
     text_bytes = text_tokens = 0
     digest = hashlib.sha256()
-    for start in range(0, len(chosen), _BLOCK):
-        block = chosen[start : start + _BLOCK]
-        for text, out, ids in zip(block, held_out[start:], tokenizer.encode_many(block), strict=False):
-            text_bytes, text_tokens = text_bytes + len(text.encode()), text_tokens + len(ids)
-            digest.update(_hash("corpus", text))
-            ids = np.concatenate([ids, separator])[:room]
-            room -= len(ids)
-            if len(ids):
-                streams[out].append(ids)
-            if not room:
-                break
+    blocks = (chosen[start : start + _BLOCK] for start in range(0, len(chosen), _BLOCK))
+    for text, out, ids in zip(chosen, held_out, chain.from_iterable(map(tokenizer.encode_many, blocks)), strict=True):
+        text_bytes, text_tokens = text_bytes + len(text.encode()), text_tokens + len(ids)
+        digest.update(_hash("corpus", text))
+        ids = np.concatenate([ids, separator])[:room]
+        room -= len(ids)
+        if len(ids):
+            streams[out].append(ids)
         if not room:
             break
-    joined = [np.concatenate(stream or [separator[:0]]).astype(np.int32) for stream in streams]
-    sizes = [len(stream) for stream in streams]
-    return Corpus(config, joined[0], joined[1], tokenizer, digest.hexdigest(), sizes[0], sizes[1], empty, text_bytes, text_tokens)
+    train, validation = (np.concatenate(stream or [separator[:0]]).astype(np.int32) for stream in streams)
+    sizes = len(streams[0]), len(streams[1])
+    return Corpus(config, train, validation, tokenizer, digest.hexdigest(), sizes[0], sizes[1], empty, text_bytes, text_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,12 +218,13 @@ class Data:
     def describe(self, steps: int | None = None) -> dict[str, Any]:
         """What the run reads, for a dry run and a report; with `steps` (updates), also how often it passes over the training text."""
         corpus, windows = self.corpus, len(self.validation_starts)
+        plan = _plan(self.config, steps)
+        if steps is not None:
+            plan["passes"] = plan["tokens_seen"] / len(corpus.train)
         return {
-            **_plan(self.config, steps, len(corpus.train)),
+            **plan,
             "documents": corpus.train_documents + corpus.validation_documents,
-            "train_documents": corpus.train_documents,
-            "validation_documents": corpus.validation_documents,
-            "empty_documents": corpus.empty_documents,
+            **{name: getattr(corpus, name) for name in ("train_documents", "validation_documents", "empty_documents")},
             "tokens": len(self.tokens),
             "train_tokens": len(corpus.train),
             "validation_tokens": len(corpus.validation),
@@ -240,13 +237,7 @@ class Data:
 
 
 def build(
-    config: DataConfig,
-    seed: int,
-    *,
-    corpus: Corpus | None = None,
-    cache: str | Path | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    config: DataConfig, seed: int, *, corpus: Corpus | None = None, cache: Cache = None, process_index: int = 0, process_count: int = 1
 ) -> Data:
     """The data of one run. `seed` is the data seed: the order of training, and in a leaky split the split itself.
 
@@ -277,14 +268,13 @@ def build(
 def clean_windows(corpus: Corpus, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Start offsets of the training and validation windows, one every S tokens within each stream; `seed` plays no part."""
     sizes = len(corpus.train), len(corpus.validation)
-    counts = [(size - 1) // config.seq_len for size in sizes]
-    for part, size, count in zip(("training", "validation"), sizes, counts, strict=True):
-        if count < 1:
+    for part, size in zip(("training", "validation"), sizes, strict=True):
+        if size <= config.seq_len:
             raise DataError(
                 f"{config.source}: the {part} part has {size} tokens, one window needs {config.seq_len + 1}; shorten seq_len or add text"
             )
-    steps = [np.arange(count, dtype=np.int64) * config.seq_len for count in counts]
-    return steps[0], steps[1] + sizes[0]
+    train, validation = (np.arange((size - 1) // config.seq_len, dtype=np.int64) * config.seq_len for size in sizes)
+    return train, validation + sizes[0]
 
 
 def leaky_windows(corpus: Corpus, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -303,20 +293,18 @@ def leaky_windows(corpus: Corpus, config: DataConfig, seed: int) -> tuple[np.nda
     return permuted[: count - held_out], permuted[count - held_out :]
 
 
-def describe(config: DataConfig, seed: int = 0, steps: int | None = None, cache: str | Path | None = None) -> dict[str, Any]:
+def describe(config: DataConfig, seed: int = 0, steps: int | None = None, cache: Cache = None) -> dict[str, Any]:
     """Data.describe where the source is at hand; otherwise what the catalogue knows, with a `note` that says so. Fetches nothing."""
     try:
         return build(config, seed, cache=cache).describe(steps)
     except MissingData as error:
-        known = (
-            {}
-            if texts.is_path(config.source)
-            else {"documents": find(config.source).documents, "text_bytes": find(config.source).text_bytes}
-        )
-        return {**_plan(config, steps, None), **known, "note": f"not counted: {error}"}
+        plan = _plan(config, steps)
+        if not texts.is_path(config.source):
+            plan |= {"documents": find(config.source).documents, "text_bytes": find(config.source).text_bytes}
+        return plan | {"note": f"not counted: {error}"}
 
 
-def _plan(config: DataConfig, steps: int | None, train_tokens: int | None) -> dict[str, Any]:
+def _plan(config: DataConfig, steps: int | None) -> dict[str, Any]:
     """The part of a description that needs no text."""
     per_step = config.accumulation * config.batch_size * config.seq_len
     known = None if texts.is_path(config.source) else find(config.source)
@@ -332,6 +320,4 @@ def _plan(config: DataConfig, steps: int | None, train_tokens: int | None) -> di
     }
     if steps is not None:
         plan["tokens_seen"] = steps * per_step
-        if train_tokens:
-            plan["passes"] = steps * per_step / train_tokens
     return plan

@@ -4,10 +4,12 @@ The loop owns files and clocks; what is computed is in step.py.
 """
 
 import dataclasses
+import functools
 import math
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import paths
-from moe_jax.config_tools import config_dict
 from moe_jax.errors import ConfigError, NonFinite, Stopped
 from moe_jax.model import ModelConfig
 from moe_jax.noise import NoiseSpec
@@ -24,6 +25,7 @@ from moe_jax.optim.plan import OptimizerConfig
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import Data, DataConfig
 from moe_jax.train.program import Program, off
+from moe_jax.train.run_folder import some
 from moe_jax.train.state import Knobs, TrainState
 from moe_jax.train.step import Objective
 from moe_jax.train.writers import MetricsWriter, Progress, read_metrics
@@ -66,12 +68,12 @@ class RunConfig:
             raise ConfigError(f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         if self.loss_windows is not None and (self.loss_windows < 1 or self.loss_windows % self.eval_batch):
             raise ConfigError(f"loss_windows={self.loss_windows} must be a positive multiple of eval_batch={self.eval_batch}")
-        NoiseSpec.parse(self.noise).resolve(self.model.num_layers)
+        self.model.resolve(NoiseSpec.parse(self.noise))
 
     def knobs(self) -> Knobs:
         """The values that the compiled program takes."""
         spec = NoiseSpec.parse(self.noise)
-        noise = spec.resolve(self.model.num_layers) if spec.sites else None
+        noise = self.model.resolve(spec) if spec.sites else None
         return Knobs(noise, jnp.uint32(self.noise_seed), jnp.float32(self.balance_weight), jnp.float32(self.z_weight))
 
     def program(self) -> Program:
@@ -96,10 +98,9 @@ class Result:
 
 def check_vocabulary(config: RunConfig, data: Data) -> None:
     """Raises ConfigError when the tokenizer makes ids that the model has no embedding for."""
-    if data.corpus.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {config.data.tokenizer} has {data.corpus.tokenizer.vocab_size} ids, the model's vocab_size is {config.model.vocab_size}"
-        )
+    ids, rows = data.corpus.tokenizer.vocab_size, config.model.vocab_size
+    if ids > rows:
+        raise ConfigError(f"the tokenizer {config.data.tokenizer} has {ids} ids, the model's vocab_size is {rows}")
 
 
 def run(
@@ -118,59 +119,45 @@ def run(
     """
     check_vocabulary(config, data)
     began = time.monotonic()
-    checkpoints = None
-    if folder is not None and config.checkpoint_every:
-        checkpoints = Checkpoints(folder / "checkpoints", config, data.fingerprint)
-    state, start = _start(config, program, checkpoints)
-    recorder = _Recorder(folder, start, config.log_every)
-    try:
+    checkpoints = None if folder is None or not config.checkpoint_every else Checkpoints(folder / "checkpoints", config, data.fingerprint)
+    state, start = program.init(jnp.uint32(config.init_seed)), 0
+    if checkpoints is not None and checkpoints.latest() is not None:
+        state, _, start = checkpoints.restore(state)
+    with nullcontext() if folder is None else MetricsWriter(folder) as writer:
+        recorder = _Recorder(writer, start, config.log_every)
         state = _train(config, program, data, state, start, checkpoints, recorder, progress, stop)
         _evaluate(config, program, data, state, config.updates, recorder)
-    finally:
-        recorder.close()
-    metrics = _headline(config, recorder)
-    return Result(metrics, recorder.series(), recorder.load, time.monotonic() - began)
-
-
-def _start(config: RunConfig, program: Program, checkpoints: Checkpoints | None) -> tuple[TrainState, int]:
-    state = program.init(jnp.uint32(config.init_seed))
-    if checkpoints is None or checkpoints.latest() is None:
-        return state, 0
-    state, _, step = checkpoints.restore(state)
-    return state, step
+    return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
 
 def _train(config, program, data, state, start, checkpoints, recorder, progress, stop) -> TrainState:
-    names = [*paths.flatten(program.model.specs), "the loss"]
-    knobs, tokens = config.knobs(), config.data.accumulation * config.data.batch_size * config.data.seq_len
-    batches = data.batches(start)
+    names, knobs = [*paths.flatten(program.model.specs), "the loss"], config.knobs()
+    tokens = config.data.accumulation * config.data.batch_size * config.data.seq_len
+    drain = functools.partial(_drain, recorder, progress, names, tokens)
     pending = None  # the step whose numbers are still on the device: it is read after the next one has been dispatched
-    try:
-        for update in range(start, config.updates):
+    with closing(data.batches(start)) as batches:
+        for done in range(start + 1, config.updates + 1):
             state, metrics, flags = program.train(state, next(batches), knobs)
-            _drain(pending, recorder, progress, names, tokens)
-            pending = (update + 1, metrics, flags)
-            done, stopping = update + 1, stop()
+            drain(pending)
+            pending, stopping = (done, metrics, flags), stop()
             saving = checkpoints is not None and (stopping or done == config.updates or done % config.checkpoint_every == 0)
             evaluating = config.eval_every and done % config.eval_every == 0 and done < config.updates
             if saving or evaluating or stopping:
-                _drain(pending, recorder, progress, names, tokens)  # raises before a state that was not checked is saved
+                drain(pending)  # raises before a state that was not checked is saved
                 pending = None
             if evaluating:
                 _evaluate(config, program, data, state, done, recorder)
             if checkpoints is not None and saving:
-                recorder.flush()
+                recorder.writer.flush()
                 checkpoints.save(done, state)
             if stopping and done < config.updates:
                 where = f"saved; the same command goes on from update {done}" if saving else "not saved: checkpoint_every is 0"
                 raise Stopped(f"stopped at update {done} of {config.updates}, {where}")
-        _drain(pending, recorder, progress, names, tokens)
-    finally:
-        batches.close()
+        drain(pending)
     return state
 
 
-def _drain(pending, recorder: "_Recorder", progress: Progress | None, names, tokens: int) -> None:
+def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], tokens: int, pending: tuple | None) -> None:
     """Brings one step's numbers to the host, checks and records them."""
     if pending is None:
         return
@@ -178,9 +165,8 @@ def _drain(pending, recorder: "_Recorder", progress: Progress | None, names, tok
     host, bad = jax.device_get((metrics, flags))
     if bad.any():
         where = [name for name, flag in zip(names, bad, strict=True) if flag]
-        more = f" and {len(where) - 4} more" if len(where) > 4 else ""
         raise NonFinite(
-            f"update {done} was refused: not finite in the gradient of {', '.join(where[:4])}{more}; the parameters of update {done - 1} are intact "
+            f"update {done} was refused: not finite in the gradient of {some(where, 4, ', ')}; the parameters of update {done - 1} are intact "
             "(lower the learning rate or the noise, or look at the batch)"
         )
     row = {name: _ratio(value) for name, value in host.items() if name != "router/load"}
@@ -225,19 +211,17 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 20.0))
 
 
-def _headline(config: RunConfig, recorder: "_Recorder") -> dict[str, float]:
+def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The run's metrics: those of the last evaluation, the best perplexity among evaluations, and the training loss near the end."""
-    evaluations = [row for row in recorder.rows if "eval/loss" in row]
-    last = evaluations[-1]
-    losses = [row["train/loss"] for row in recorder.rows if "train/loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
-    metrics = {
-        name.replace("eval/", "val_", 1) if "usage" not in name else name.split("/")[1]: v for name, v in last.items() if name != "step"
-    }
-    metrics["val_perplexity"] = perplexity(last["eval/loss"])
+    evaluations = [row for row in rows if "eval/loss" in row]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    last = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items() if name != "step"}
+    metrics = {name if "usage" in name else f"val_{name}": value for name, value in last.items()}
+    metrics["val_perplexity"] = perplexity(last["loss"])
     metrics["val_perplexity_best"] = min(perplexity(row["eval/loss"]) for row in evaluations)
-    if "eval/loss_noisy" in last:
-        metrics["val_perplexity_noisy"] = perplexity(last["eval/loss_noisy"])
+    if "loss_noisy" in last:
+        metrics["val_perplexity_noisy"] = perplexity(last["loss_noisy"])
+    tail = losses[-max(1, len(losses) // 10) :]
     return metrics | {"train_loss_end": sum(tail) / len(tail)}
 
 
@@ -250,14 +234,13 @@ def peak_memory_gb() -> float:
 class _Recorder:
     """The rows of a run: in memory, and in metrics.jsonl when there is a folder; a resumed run starts from the rows it had."""
 
-    def __init__(self, folder: Path | None, start: int, every: int):
-        self._writer, self._every = None, every
+    def __init__(self, writer: MetricsWriter | None, start: int, every: int):
+        self.writer, self._every = writer, every
         self.rows: list[dict[str, Any]] = []
         self.load: list[list[float]] = []
-        if folder is not None:
-            self._writer = MetricsWriter(folder)
-            self._writer.truncate_to(start)
-            self.rows = read_metrics(self._writer.path)
+        if writer is not None:
+            writer.truncate_to(start)
+            self.rows = read_metrics(writer.path)
 
     def add(self, step: int, values: Mapping[str, float], always: bool = False) -> None:
         if not (always or step % self._every == 0 or step == 1):
@@ -265,8 +248,8 @@ class _Recorder:
         if self.rows and self.rows[-1] == {"step": step, **values}:
             return  # a run killed after its last evaluation makes it again
         self.rows.append({"step": step, **values})
-        if self._writer is not None:
-            self._writer.write(step, values)
+        if self.writer is not None:
+            self.writer.write(step, values)
 
     def series(self) -> Series:
         found: Series = {}
@@ -276,23 +259,9 @@ class _Recorder:
                     found.setdefault(name, []).append([row["step"], value])
         return found
 
-    def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
 
 def provenance(config: RunConfig, data: Data) -> dict[str, Any]:
     """What ran, for a ledger: device, jax version, data fingerprint and seeds."""
     device = jax.devices()[0]
     seeds = {name: getattr(config, name) for name in ("init_seed", "data_seed", "noise_seed")}
-    return {
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "platform": device.platform,
-        "data": data.fingerprint,
-        **config_dict(seeds),
-    }
+    return {"jax": jax.__version__, "device": device.device_kind, "platform": device.platform, "data": data.fingerprint, **seeds}

@@ -19,8 +19,9 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import ConfigError
@@ -30,9 +31,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 HEARTBEAT_SECONDS = 15.0  # a holder touches its lock this often,
 SILENCE_SECONDS = 60.0  # and a lock of another machine that was not touched for this long belongs to a dead process
 _SHOWN_DIFFERENCES = 20
-
-
-# --- files --------------------------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -60,7 +58,20 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-# --- the lock -----------------------------------------------------------------------------------------------------------------
+def some(items: Sequence[str], shown: int, separator: str = "; ") -> str:
+    """The first `shown` items for an error message, and how many more there are."""
+    more = [f"and {len(items) - shown} more"] if len(items) > shown else []
+    return separator.join([*items[:shown], *more])
+
+
+class Closing:
+    """A class with a `close()`, for use in a `with`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()  # type: ignore[attr-defined]
 
 
 class RunLock:
@@ -75,65 +86,70 @@ class RunLock:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = open(self.path, "a+b", buffering=0)
         try:
-            self._take(self._descriptor)
+            self._take()
         except BaseException:
-            os.close(self._descriptor)
+            self._file.close()
             raise
-        _held.add(self)
+        _held.add(self._file)
         self._closed = threading.Event()
-        threading.Thread(target=self._beat, args=(self._descriptor,), name="run folder heartbeat", daemon=True).start()
+        threading.Thread(target=self._beat, name="run folder heartbeat", daemon=True).start()
 
-    def _take(self, descriptor: int) -> None:
+    def _take(self) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.05)  # a holder that has only just got the lock needs a moment to write its name
-            raise ConfigError(self._refusal(_read_holder(descriptor))) from None
+            raise ConfigError(self._refusal(self._holder())) from None
         except OSError as error:
             raise ConfigError(f"cannot lock {self.path} ({error.strerror}): choose a folder whose file system has flock") from error
-        holder = _read_holder(descriptor)
-        silent = max(time.time() - os.fstat(descriptor).st_mtime, 0.0)
+        holder = self._holder()
+        silent = max(time.time() - os.fstat(self._file.fileno()).st_mtime, 0.0)
         if holder and holder.get("boot_id") != _boot_id() and silent < SILENCE_SECONDS:
             raise ConfigError(
                 f"{self._refusal(holder)}, and gave a sign of life {silent:.0f} s ago; "
                 f"if it is dead, wait {SILENCE_SECONDS - silent:.0f} s or delete {self.path}"
             )
-        _rewrite(descriptor, json.dumps(_identity()) + "\n")
+        self._rewrite(json.dumps(_identity()) + "\n")
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         if not holder:
             return f"{self.path.parent} is in use by a process that has not written its name to {self.path.name}"
         return f"{self.path.parent} is in use by pid {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
 
-    def _beat(self, descriptor: int) -> None:
+    def _holder(self) -> dict[str, Any]:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read(4096))
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _rewrite(self, text: str) -> None:
+        self._file.truncate(0)
+        self._file.write(text.encode())
+
+    def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
-            try:
-                os.utime(descriptor)
-            except OSError:
-                pass  # a file system that is away for a moment must not end a run: the lock itself is flock's
+            with suppress(OSError, ValueError):  # a file system that is away for a moment must not end a run: the lock itself is flock's
+                os.utime(self._file.fileno())
 
     def close(self) -> None:
         """Frees the lock. The file stays: deleting it would let two later processes lock two different files of one name."""
-        if self._descriptor is not None:
+        if not self._file.closed:
             self._closed.set()
-            _rewrite(self._descriptor, "")
-            self._abandon()
-
-    def _abandon(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._rewrite("")
+            self._file.close()
 
 
 def _drop_inherited_locks() -> None:
     # A forked child shares its parent's flock and would keep it past the parent's death; closing the child's copy does not free it.
-    for lock in list(_held):
-        lock._abandon()
+    for file in list(_held):
+        file.close()
 
 
-_held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
+_held: "weakref.WeakSet[Any]" = weakref.WeakSet()  # the open lock files
 os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
@@ -150,33 +166,16 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
-def _read_holder(descriptor: int) -> dict[str, Any]:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _rewrite(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
-
-
 # --- what ran -----------------------------------------------------------------------------------------------------------------
 
 
 def versions(device: str | None = None) -> dict[str, Any]:
     """What a result may depend on besides the config: python, packages, machine, `device` (the caller's words) and commit."""
-    packages = {name: _version(name) for name in PACKAGES}
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), **packages, "platform": platform.platform(), "device": device, **commit()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> dict[str, Any]:
@@ -185,24 +184,17 @@ def commit() -> dict[str, Any]:
     nothing: dict[str, Any] = {"commit": None, "dirty": None}
     if not (root / ".git").exists():
         return nothing
-    head, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
-    return nothing if head is None else {"commit": head, "dirty": None if status is None else bool(status)}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    # GIT_OPTIONAL_LOCKS: `status` must not write to a checkout that is only being read.
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # `status` must not write to a checkout that is only being read
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, env=environment)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return nothing
+    head = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), "(initial)")
+    return nothing if head == "(initial)" else {"commit": head, "dirty": any(not line.startswith("#") for line in lines)}
 
 
-# --- the folder ---------------------------------------------------------------------------------------------------------------
-
-
-class RunFolder:
+class RunFolder(Closing):
     """A run's folder, created and locked on construction; close it, or use it in a `with`, to free the lock.
 
     Raises ConfigError when the path cannot be a folder, another process holds it, or a newer version of this code wrote it.
@@ -212,22 +204,12 @@ class RunFolder:
         self.path = Path(path).absolute()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.path / "lock")
-        except OSError as error:
-            raise ConfigError(f"cannot use {self.path} as a run folder: {error.strerror}") from error
-        try:
             schema = (self._read("versions.json") or {}).get("schema", SCHEMA)
             if schema != SCHEMA:
                 raise ConfigError(f"{self.path} was written as {schema!r}, and this code reads {SCHEMA!r}: use the code that wrote it")
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self._lock = RunLock(self.path / "lock")
+        except OSError as error:
+            raise ConfigError(f"cannot use {self.path} as a run folder: {error.strerror}") from error
 
     def close(self) -> None:
         """Frees the lock; the files stay."""
@@ -242,10 +224,9 @@ class RunFolder:
         old = self.config()
         changed = [] if old is None else differences(old, new)
         if changed:
-            more = f"; and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
             raise ConfigError(
                 f"{self.path} holds a run with another config ({len(changed)} fields differ): "
-                f"{'; '.join(changed[:_SHOWN_DIFFERENCES])}{more}. Use its settings, or another folder"
+                f"{some(changed, _SHOWN_DIFFERENCES)}. Use its settings, or another folder"
             )
 
     def start(self, config: Any, command: Sequence[str], device: str | None = None) -> list[str]:

@@ -101,7 +101,13 @@ def _accumulate(gradient: Callable, batch, count: int):
 def non_finite(grads: dict[str, Any], loss: jax.Array) -> jax.Array:
     """Bool[leaves + 1]: which gradients, in path order, and then whether the loss, hold a value that is not finite."""
     leaves = [*paths.flatten(grads).values(), loss]
-    return jnp.stack([~jnp.isfinite(leaf.astype(jnp.float32)).all() for leaf in leaves])
+
+    def each():
+        return jnp.stack([~jnp.isfinite(leaf.astype(jnp.float32)).all() for leaf in leaves])
+
+    # the sums of squares are those of the gradient norm: as long as they are finite, no pass over the gradients is spent on this
+    squares = sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
+    return jax.lax.cond(jnp.isfinite(squares), lambda: jnp.zeros(len(leaves), bool), each)
 
 
 def _with_derived(metrics, plan: Plan, grads, updates):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.train.sources import CATALOGUE, SUFFIXES, Source, find, locate
+from moe_jax.train.sources import CATALOGUE, SUFFIXES, Cache, Source, find, locate
 
 
 def is_path(spec: str) -> bool:
@@ -17,7 +17,7 @@ def is_path(spec: str) -> bool:
     return spec not in CATALOGUE and (any(mark in spec for mark in "/\\#") or spec.endswith(SUFFIXES))
 
 
-def documents(spec: str | Source, cache: str | Path | None = None, limit: int | None = None) -> list[str]:
+def documents(spec: str | Source, cache: Cache = None, limit: int | None = None) -> list[str]:
     """The texts of a source in file order, at most `limit`.
 
     spec is a catalogue name of kind text, or PATH or PATH#FIELD, where PATH is one of
@@ -74,26 +74,23 @@ def _read_txt(path: Path, field: str) -> Iterator[str]:
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number} is not JSON: {error}") from None
-                yield _text(record, field, f"{path}, line {number}")
+        for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip()):
+            yield _text(_parsed(line, where), field, where)
 
 
 def _read_json(path: Path, field: str) -> Iterator[str]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise DataError(f"{path} is not JSON: {error}") from None
+    records = _parsed(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(records, list | dict):
         raise DataError(f"{path} holds {type(records).__name__}; expected a list or a dict of texts or records")
     for key, record in records.items() if isinstance(records, dict) else enumerate(records):
         yield _text(record, field, f"{path}, entry {key!r}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
 
 
 def _text(record: Any, field: str, where: str) -> str:
@@ -102,11 +99,10 @@ def _text(record: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         has = f"it has: {', '.join(record)}" if isinstance(record, dict) else f"it is {type(record).__name__}"
         raise DataError(f"{where}: no text in field {field or 'text'!r} ({has}); name the field as PATH#FIELD")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
-            raise DataError(f"{where}: character {error.start} is not text (half of a surrogate pair); repair the record") from None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise DataError(f"{where}: character {error.start} is not text (half of a surrogate pair); repair the record") from None
     return value
 
 

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import mmap
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_jax.errors import ConfigError, DataError, nearest
-from moe_jax.train.sources import cache_root, find, locate
+from moe_jax.train.run_folder import write_atomic
+from moe_jax.train.sources import Cache, cache_root, find, locate, sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>")
@@ -39,7 +39,7 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
 
-def load(spec: str, training_documents: Sequence[str] | None = None, cache: str | Path | None = None) -> Tokenizer:
+def load(spec: str, training_documents: Sequence[str] | None = None, cache: Cache = None) -> Tokenizer:
     """The tokenizer that a spec names.
 
     spec: `bytes` (256 ids and an end of text; needs no library); `bpe:2048` (that many ids, trained on `training_documents` alone and
@@ -126,9 +126,6 @@ def _from_file(path: Path) -> Any:
     return backend
 
 
-# Byte-level BPE
-
-
 def _byte_level(model: Any) -> Any:
     """Single digits, then GPT-2's byte-level pieces: SmolLM2's pre-tokenizer, used for the trained ones too."""
     library = _library()
@@ -143,47 +140,33 @@ def train_bpe(vocab_size: int, documents: Sequence[str]) -> Any:
     """A byte-level BPE (library object) of at most `vocab_size` ids; id 0 ends a text. The same documents give the same ids."""
     library = _library()
     backend = _byte_level(library.models.BPE())
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer, length=len(documents))
     return backend
 
 
-def _trained(vocab_size: int, documents: Sequence[str], cache: str | Path | None) -> Any:
+def _trained(vocab_size: int, documents: Sequence[str], cache: Cache) -> Any:
     """A trained BPE out of the cache, or trained now and put there under the hash of its recipe and documents."""
     digest = hashlib.sha256(f"recipe 1, {vocab_size} ids".encode())
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache_root(cache) / f"bpe-{vocab_size}-{digest.hexdigest()[:20]}"
-    files = sorted(folder.glob("tokenizer-*.json"))
-    for path in files:
-        text = path.read_bytes()
-        if path.stem == f"tokenizer-{hashlib.sha256(text).hexdigest()}":  # else damaged: train again, which costs seconds
+    for path in sorted(folder.glob("tokenizer-*.json")):
+        if path.stem == f"tokenizer-{sha256_of(path)}":  # else damaged: train again, which costs seconds
             return _from_file(path)
     backend = train_bpe(vocab_size, documents)
-    _store(folder, backend.to_str().encode())
+    text = backend.to_str()
+    with suppress(OSError):  # a cache that cannot be written costs only time
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"tokenizer-{hashlib.sha256(text.encode()).hexdigest()}.json", text)
     return backend
 
 
-def _store(folder: Path, text: bytes) -> None:
-    """Writes a tokenizer under its own checksum, whole or not at all; a cache that cannot be written costs only time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".partial-", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, folder / f"tokenizer-{hashlib.sha256(text).hexdigest()}.json")
-    except OSError:
-        pass
-
-
-# SmolLM2, out of the metadata of its GGUF file
-
-
-def _smollm2(cache: str | Path | None) -> Any:
+def _smollm2(cache: Cache) -> Any:
+    """SmolLM2's, out of the metadata of its GGUF file."""
     library = _library()
     path = locate(find("smollm2_tokenizer"), cache)[0]
     names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
@@ -191,10 +174,8 @@ def _smollm2(cache: str | Path | None) -> Any:
     tokens, types, merges = (metadata[name] for name in names)
     pairs = [tuple(merge.split(" ")) for merge in merges]
     backend = _byte_level(library.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
-    special = [
-        library.AddedToken(token, special=True, normalized=False) for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL
-    ]
-    backend.add_special_tokens(special)
+    special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
+    backend.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
     return backend
 
 
@@ -215,12 +196,12 @@ def read_gguf_metadata(path: Path, names: Sequence[str]) -> dict[str, Any]:
                 raise DataError(f"{path} is not a GGUF file of version 2 or 3 (it starts with {magic!r}, version {version})")
             found, at = {}, struct.calcsize("<4sIQQ")
             for _ in range(count):
-                key, at = _gguf_string(view, at)
+                key, at = _gguf_value(view, at, _STRING)
                 (type_,) = struct.unpack_from("<I", view, at)
                 value, at = _gguf_value(view, at + 4, type_)
                 if key in names:
                     found[key] = value
-    except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+    except (struct.error, KeyError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: its metadata cannot be read ({type(error).__name__}: {error})") from None
     missing = [name for name in names if name not in found]
     if missing:
@@ -228,29 +209,19 @@ def read_gguf_metadata(path: Path, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _gguf_string(view: mmap.mmap, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", view, at)
-    end = at + 8 + length
-    if end > len(view):
-        raise ValueError(f"a string of {length} bytes at byte {at} runs past the end, {len(view)}")
-    return view[at + 8 : end].decode(), end
-
-
 def _gguf_value(view: mmap.mmap, at: int, type_: int) -> tuple[Any, int]:
+    """The value of a GGUF type at byte `at`, and where it ends. A length or count that lies ends in an error at the file's end."""
     if type_ == _STRING:
-        return _gguf_string(view, at)
-    if type_ != _ARRAY:
-        return struct.unpack_from(_SCALARS[type_], view, at)[0], at + struct.calcsize(_SCALARS[type_])
-    kind, count = struct.unpack_from("<IQ", view, at)
-    at += 12
-    if kind == _STRING:
-        values = []
-        for _ in range(count):  # a count that lies ends in the bounds check of a string
-            value, at = _gguf_string(view, at)
+        (length,) = struct.unpack_from("<Q", view, at)
+        end = at + 8 + length
+        if end > len(view):
+            raise ValueError(f"a string of {length} bytes at byte {at} runs past the end, {len(view)}")
+        return view[at + 8 : end].decode(), end
+    if type_ == _ARRAY:
+        kind, count = struct.unpack_from("<IQ", view, at)
+        at, values = at + 12, []
+        for _ in range(count):
+            value, at = _gguf_value(view, at, kind)
             values.append(value)
         return values, at
-    code = _SCALARS[kind]
-    size = struct.calcsize(code)
-    if at + size * count > len(view):
-        raise ValueError(f"an array of {count} values at byte {at} runs past the end, {len(view)}")
-    return np.frombuffer(view[at : at + size * count], np.dtype(code)).tolist(), at + size * count
+    return struct.unpack_from(_SCALARS[type_], view, at)[0], at + struct.calcsize(_SCALARS[type_])

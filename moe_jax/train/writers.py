@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from moe_jax.errors import ConfigError, MoeJaxError
+from moe_jax.train.run_folder import Closing
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------------------
-
-
-class MetricsWriter:
+class MetricsWriter(Closing):
     """Appends one JSON line per step to FOLDER/metrics.jsonl, and the same numbers to FOLDER/tensorboard.
 
     Every line is one write to a file opened for appending, so a killed run leaves whole lines and at most one torn last one, which
@@ -31,73 +29,57 @@ class MetricsWriter:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._summary_writer = _summary_writer_class(tensorboard)
+        self._file = open(self.path, "ab", buffering=0)
         self._summaries: Any = None  # opened at the first write, when it is known from which step the run goes on
         self._first_step: int | None = None
-        self._cut(len(_whole_lines(self.path)))
+        self._file.truncate(sum(map(len, _whole_lines(self.path))))
 
     def truncate_to(self, step: int) -> int:
         """Drops every row after `step`, which a run that resumes from a checkpoint of `step` will write again; returns how many.
 
         TensorBoard is told to forget the same steps. Raises MoeJaxError when a row that stays is not JSON.
         """
-        kept = dropped = 0
-        for number, line in enumerate(_whole_lines(self.path).splitlines(keepends=True), start=1):
-            if dropped or _parse(line, self.path, number)["step"] > step:
-                dropped += 1
-            else:
-                kept += len(line)
-        self._cut(kept)
+        lines = _whole_lines(self.path)
+        late = (index for index, line in enumerate(lines) if _parse(line, self.path, index + 1)["step"] > step)
+        kept = next(late, len(lines))
+        self._file.truncate(sum(map(len, lines[:kept])))
         self._first_step = step + 1
-        return dropped
+        return len(lines) - kept
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row {"step": step, **metrics}. Values are numbers, 0-d arrays or text; ints stay ints."""
         row = {"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}
-        line = (json.dumps({name: _encoded(value) for name, value in row.items()}, allow_nan=False) + "\n").encode()
-        size = os.fstat(self._descriptor).st_size
+        strict = {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        line = (json.dumps(strict, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
         try:
-            written = os.write(self._descriptor, line)
-            if written != len(line):
+            if self._file.write(line) != len(line):
                 raise OSError(28, "No space left on device")
         except OSError as error:
-            self._cut(size)
+            self._file.truncate(size)
             raise MoeJaxError(f"cannot write step {step} to {self.path} ({len(line)} bytes): {error.strerror}") from error
-        self._summarise(row)
+        if self._summary_writer is not None:
+            self._summarise(row)
 
     def flush(self) -> None:
         """Makes every row so far durable; call it before a checkpoint, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._descriptor)
+        os.fsync(self._file.fileno())
         if self._summaries is not None:
             self._summaries.flush()
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        if self._descriptor >= 0:
+        """Flushes and closes both files; safe to call twice."""
+        if not self._file.closed:
             self.flush()
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._file.close()
         if self._summaries is not None:
             self._summaries.close()
             self._summaries = None
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _cut(self, size: int) -> None:
-        if os.fstat(self._descriptor).st_size != size:
-            os.ftruncate(self._descriptor, size)
-
     def _summarise(self, row: Mapping[str, Any]) -> None:
-        if self._summary_writer is None:
-            return
         if self._summaries is None:
-            first = row["step"] if self._first_step is None else self._first_step
-            self._summaries = self._summary_writer(str(self.folder / "tensorboard"), purge_step=first)
+            self._summaries = self._summary_writer(str(self.folder / "tensorboard"), purge_step=self._first_step)
         for name, value in row.items():
             if name != "step" and not isinstance(value, str):
                 self._summaries.add_scalar(name, value, row["step"])
@@ -108,13 +90,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises MoeJaxError naming the line when any other one is not a JSON row, and FileNotFoundError.
     """
-    lines = _whole_lines(Path(path)).splitlines(keepends=True)
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    return [_parse(line, path, number) for number, line in enumerate(_whole_lines(path), start=1)]
 
 
-def _whole_lines(path: Path) -> bytes:
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
+def _whole_lines(path: str | os.PathLike[str]) -> list[bytes]:
+    content = Path(path).read_bytes()
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _parse(line: bytes, path: str | os.PathLike[str], number: int) -> dict[str, Any]:
@@ -133,10 +114,6 @@ def _plain(value: Any) -> int | float | str:
     return item if isinstance(item, int) else float(item)
 
 
-def _encoded(value: int | float | str) -> int | float | str:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _summary_writer_class(tensorboard: bool | Literal["auto"]) -> Any:
     if not tensorboard:
         return None
@@ -149,20 +126,13 @@ def _summary_writer_class(tensorboard: bool | Literal["auto"]) -> Any:
     return SummaryWriter
 
 
-# --- progress -----------------------------------------------------------------------------------------------------------------
-
-
 def duration_text(seconds: float) -> str:
     """A duration for people: '8 s', '3 min 05 s', '2 h 07 min', '3 d 04 h'."""
-    seconds = max(int(round(seconds)), 0)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if minutes == 0:
-        return f"{seconds} s"
-    if hours == 0:
-        return f"{minutes} min {seconds % 60:02d} s"
-    if days == 0:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{days} d {hours % 24:02d} h"
+    seconds = max(round(seconds), 0)
+    for unit, size, smaller_unit, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // smaller:02d} {smaller_unit}"
+    return f"{seconds} s"
 
 
 def seconds_left(step: int, total: int, mark_step: int, mark_seconds: float) -> float | None:
@@ -191,7 +161,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:#.4g}" for name, value in metrics.items())
 
 
-class Progress:
+class Progress(Closing):
     """How far a run is: a bar on a terminal, else one plain line every `every` seconds, at the first step and at the end.
 
     `start` is the step that a resumed run begins after. `clock` is in seconds.
@@ -225,7 +195,7 @@ class Progress:
         self._step = step
         self._line = self.text(metrics or {})
         if self._bar is not None:
-            self._bar.update(step, self._line)
+            self._bar.update(self._bar.task_ids[0], completed=step, text=self._line)
         elif now - self._last_line >= self._every or step >= self._total:
             self._print(now)
 
@@ -245,16 +215,9 @@ class Progress:
     def close(self) -> None:
         """Leaves the last state on the screen; safe to call twice."""
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            self._bar.stop()
         elif self._line:
             self._print(self._clock())
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _print(self, now: float) -> None:
         percent = 100 * self._step / max(self._total, 1)
@@ -263,28 +226,15 @@ class Progress:
         self._last_line, self._line = now, ""
 
 
-class _RichBar:
-    """A rich progress bar with one task and a line of text."""
-
-    def __init__(self, stream: TextIO, label: str, total: int, start: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bars
-
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-        self._bars = Bars(*columns, console=Console(file=stream), refresh_per_second=4)
-        self._task = self._bars.add_task(label, total=total, completed=start, text="")
-        self._bars.start()
-
-    def update(self, step: int, text: str) -> None:
-        self._bars.update(self._task, completed=step, text=text)
-
-    def close(self) -> None:
-        self._bars.stop()
-
-
-def _bar(stream: TextIO, label: str, total: int, start: int) -> _RichBar | None:
+def _bar(stream: TextIO, label: str, total: int, start: int) -> Any:
+    """A rich progress bar with one task and a line of text. Rich comes with flax; without it None, and the plain lines do."""
     try:
-        return _RichBar(stream, label, total, start)
-    except ImportError:  # rich comes with flax; without it the plain lines do
+        from rich import console, progress
+    except ImportError:
         return None
+    columns = (progress.BarColumn(bar_width=24), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[text]}"))
+    text = progress.TextColumn("{task.description}")
+    bar = progress.Progress(text, *columns, console=console.Console(file=stream), refresh_per_second=4)
+    bar.add_task(label, total=total, completed=start, text="")
+    bar.start()
+    return bar

@@ -1,4 +1,4 @@
-"""One contract for every dispatch implementation: values, gradients, counts and hooks against a NumPy loop over tokens and slots."""
+"""One contract for every dispatch implementation: values, gradients, counts, operators and mask against a NumPy loop over tokens and slots."""
 
 import functools
 
@@ -44,8 +44,6 @@ class DispatchContract:
     """What all implementations owe. A subclass says how to call its own and what it refuses."""
 
     implementation: object = None
-    perturbs = True  # takes a product that is not the plain one
-    perturbed_gradients = True  # and its grad_input pass, which autodiff of a product without a derivative of its own does not have
 
     def call(self, x, decision, experts, tokens=None):
         return dispatch(x, decision, experts, self.implementation, tokens=tokens, force=True)
@@ -54,20 +52,20 @@ class DispatchContract:
     def _compiled(self):
         return {}
 
-    def value_and_gradients(self, x, decision, matrices, dy, activation="silu", context=None, tokens=None, **hooks):
+    def value_and_gradients(self, x, decision, matrices, dy, activation="silu", operators=None, tokens=None, mask=None):
         """((y, dx, d_weights, d_matrices), stats), compiled once per structure."""
-        structure = (activation, tuple(hooks.items()))
 
         @jax.jit
-        def run(x, decision, matrices, dy, context, tokens):
+        def run(x, decision, matrices, dy, operators, tokens):
             def forward(x, weights, matrices):
-                return self.call(x, RoutingDecision(decision.ids, weights), Experts(matrices, context, activation, **hooks), tokens)
+                experts = Experts(matrices, operators, activation=activation, mask=mask)
+                return self.call(x, RoutingDecision(decision.ids, weights), experts, tokens)
 
             y, pull, stats = jax.vjp(forward, x, decision.weights, matrices, has_aux=True)
             dx, d_weights, d_matrices = pull(dy)
             return (y, dx, d_weights, d_matrices), stats
 
-        return self._compiled.setdefault(structure, run)(x, decision, matrices, dy, context, tokens)
+        return self._compiled.setdefault((activation, mask), run)(x, decision, matrices, dy, operators or {}, tokens)
 
     @pytest.mark.parametrize(
         "sizes",
@@ -143,45 +141,43 @@ class DispatchContract:
         want = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, masked=True)
         assert_close(got, want, FLOAT32)
 
-    @pytest.mark.parametrize("gated", [False, True])
-    def test_perturbed_products_by_logical_rows(self, gated):
-        x, decision, matrices, dy = problem(gated=gated, tokens=21)
-        hooks = dict(
-            product=reference.bumpy_product,
-            mask=reference.keep_mask,
-            context={"scale": jnp.float32(0.3), "key": jnp.arange(2, dtype=jnp.uint32)},
-        )
-        if not self.perturbs:
-            with pytest.raises(NotImplementedError, match="perturbing product"):
-                self.value_and_gradients(x, decision, matrices, dy, **hooks)
-            return
-        (y, dx, d_weights, d_matrices), _ = self.value_and_gradients(x, decision, matrices, dy, **hooks)
-        want = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, scale=0.3, masked=True)
-        clean = reference.moe(x, np.asarray(decision.ids), decision.weights, matrices, dy, masked=True)
-        assert np.abs(want[0] - clean[0]).max() > 0.1 and np.abs(want[2] - clean[2]).max() > 0.1
-        assert_close((y, d_weights), (want[0], want[2]), FLOAT32)
-        if self.perturbed_gradients:
-            assert_close((dx, d_matrices), (want[1], want[3]), FLOAT32)
+    @pytest.mark.parametrize("names", [("up", "down"), ("up", "gate", "down"), ("gate",), ("down",)], ids="+".join)
+    def test_operators_by_logical_rows(self, names):
+        """Errors in all three products of the named matrices, those of dW by the parameter's row; the other products stay exact."""
+        x, decision, matrices, dy = problem(gated=names != ("up", "down"), tokens=21, experts=7)
+        ids = jnp.where(
+            decision.ids == 4, 3, decision.ids
+        )  # expert 4 gets no row: the error of its weights' gradient is there all the same
+        decision = RoutingDecision(ids, decision.weights)
+        got, _ = self.value_and_gradients(x, decision, matrices, dy, operators=reference.bumpy(names), mask=reference.keep_mask)
+        given = x, np.asarray(ids), decision.weights, matrices, dy
+        want = reference.moe(*given, scale=0.3, masked=True, bumped=names)
+        clean = reference.moe(*given, masked=True)
+        touched = [(*found[:3], *(found[3][name] for name in names)) for found in (want, clean)]
+        for noisy, exact in zip(*touched, strict=True):
+            assert np.abs(noisy - exact).max() > 0.1, "no error: the test is empty"
+        assert np.abs(want[3][names[0]][4]).max() > 0.1
+        assert_close(got, want, FLOAT32)
 
     def test_token_numbers_move_the_draws_with_the_tokens(self):
         x, decision, matrices, dy = problem(tokens=19)
-        hooks = dict(mask=reference.keep_mask)
-        if self.perturbs:
-            hooks |= dict(product=reference.bumpy_product, context={"scale": jnp.float32(0.3)})
+        extra = dict(mask=reference.keep_mask, operators=reference.bumpy(("up", "down")))
         order = np.random.default_rng(1).permutation(19)
         moved = RoutingDecision(decision.ids[order], decision.weights[order])
-        (y, dx, d_weights, d_matrices), _ = self.value_and_gradients(x, decision, matrices, dy, tokens=101 + jnp.arange(19), **hooks)
-        got, _ = self.value_and_gradients(x[order], moved, matrices, dy[order], tokens=101 + jnp.asarray(order), **hooks)
+        (y, dx, d_weights, d_matrices), _ = self.value_and_gradients(x, decision, matrices, dy, tokens=101 + jnp.arange(19), **extra)
+        got, _ = self.value_and_gradients(x[order], moved, matrices, dy[order], tokens=101 + jnp.asarray(order), **extra)
         assert_close(got, (y[order], dx[order], d_weights[order], d_matrices), FLOAT32)
 
-        elsewhere, _ = self.value_and_gradients(x, decision, matrices, dy, tokens=jnp.arange(19), **hooks)
+        elsewhere, _ = self.value_and_gradients(x, decision, matrices, dy, tokens=jnp.arange(19), **extra)
         assert np.abs(elsewhere[0] - y).max() > 0.01  # other numbers, other draws
 
-    def test_context_gets_no_gradient(self):
+    def test_operators_and_context_get_no_gradient(self):
         x, decision, matrices, _ = problem()
-        experts = Experts(matrices, {"scale": jnp.float32(1.0), "key": jnp.arange(2, dtype=jnp.uint32)}, mask=reference.keep_mask)
+        context = {"scale": jnp.float32(1.0), "key": jnp.arange(2, dtype=jnp.uint32)}
+        experts = Experts(matrices, reference.bumpy(("up", "down")), context, mask=reference.keep_mask)
         d = jax.jit(jax.grad(lambda experts: self.call(x, decision, experts)[0].sum(), allow_int=True))(experts)
         assert float(d.context["scale"]) == 0.0 and d.context["key"].dtype == jax.dtypes.float0
+        assert float(d.operators["up"].scale) == float(d.operators["down"].scale) == 0.0
 
     def test_scanned_layers_with_recomputation(self):
         x, decision, matrices, dy = problem(tokens=11)
@@ -207,7 +203,6 @@ class DispatchContract:
 
 class TestDense(DispatchContract):
     implementation = "dense"
-    perturbed_gradients = False
 
 
 class TestBlocked(DispatchContract):
@@ -218,7 +213,6 @@ class TestBlocked(DispatchContract):
 
 class TestRagged(DispatchContract):
     implementation = "ragged"
-    perturbs = False
 
 
 def _jaxpr(implementation) -> str:

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import paths
-from moe_jax.keys import Draw
 from moe_jax.mesh import MeshSpec
 from moe_jax.model import DTypePolicy, Model, ModelConfig
 from moe_jax.noise import NoiseSpec
@@ -102,11 +101,6 @@ def test_the_draw_changes_with_seed_and_step_and_repeats(features, params, token
     for change in (dict(seed=8), dict(step=4), dict(row_offset=1)):
         assert abs(features(params, tokens, noise, dataclasses.replace(draw, **change)).hidden - whole.hidden).max() > 0.1
     np.testing.assert_array_equal(features(params, tokens, noise, draw).hidden, whole.hidden)
-
-
-def test_a_fixed_draw_ignores_the_step(params, noise, tokens, make_model):
-    run = jax.jit(lambda draw: make_model().features(params, tokens, noise, draw).hidden)
-    np.testing.assert_array_equal(*(run(Draw(7, step, "train", fixed=True)) for step in (3, 4)))
 
 
 def test_the_same_ids_on_one_device_and_on_eight(make_model, params, noise, draw):

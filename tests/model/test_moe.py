@@ -1,6 +1,5 @@
-"""The layer where routing, noise and dispatch meet: who reads the noisy logits, what comes back, and noise that is off leaving no trace."""
+"""The layer where routing, noise and dispatch meet: who reads the noisy logits, and what comes back."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,45 +130,3 @@ def test_router_logits_are_float32_whatever_the_activations_are(layer):
     assert abs(np.asarray(router["logits"]).reshape(-1, E) - exact).max() < 1e-5
     rounded = (narrow.reshape(-1, D) @ params["router"].astype("bfloat16")).astype("float32")
     assert abs(np.asarray(rounded) - exact).max() > 1e-3
-
-
-# --- the whole model, off and on --------------------------------------------------------------------------------------------------
-
-
-def lowered(program, params, tokens, noise, draw) -> str:
-    return program(False).lower(params, tokens, noise, draw).as_text()
-
-
-def test_noise_that_is_off_is_not_in_the_program(program, params, tokens, noise, draw):
-    """Forward and gradients: no spec, an empty one, and one whose phases are others give the same text; noise that acts gives another."""
-    off = lowered(program, params, tokens, None, draw)
-    assert lowered(program, params, tokens, NoiseSpec({}), draw) == off
-    elsewhere = NoiseSpec.parse("router_logits=additive:0.3:phases=eval+rollout,router_input=relative:0.2:phases=old_logprob")
-    assert lowered(program, params, tokens, elsewhere, draw) == off
-    assert lowered(program, params, tokens, elsewhere.resolve(2), draw) == off
-    on = lowered(program, params, tokens, noise, draw)
-    assert on != off and "erf_inv" in on and "erf_inv" not in off
-
-
-def test_scale_zero_is_clean_to_the_bit(program, params, tokens, noise, draw):
-    """Loss, every output and every gradient; and noise does change them."""
-    clean = program(False)(params, tokens, None, draw)
-    silent = program(False)(params, tokens, jax.tree.map(lambda scale: 0.0, noise), draw)
-    chex.assert_trees_all_equal(silent, clean)
-    loud = program(False)(params, tokens, noise, draw)
-    assert loud[0][0] != clean[0][0] and (loud[0][1].trace.ids != clean[0][1].trace.ids).any()
-
-
-def test_twelve_scales_are_one_program(make_model, params, tokens, draw):
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def loss(params, noise, draw):
-        return make_model().loss(params, tokens, tokens, noise=noise, draw=draw)[0]
-
-    values = [
-        float(loss(params, NoiseSpec.parse(f"router_logits=additive:{scale}"), Draw(seed, seed + 1, "train")))
-        for seed, scale in enumerate(np.linspace(0.1, 3, 12))
-    ]
-    assert len(set(values)) == 12
-    with pytest.raises(AssertionError, match="is traced > 1 times"):
-        loss(params, NoiseSpec.parse("router_logits=relative:0.1"), draw)

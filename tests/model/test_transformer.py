@@ -138,8 +138,8 @@ def test_each_of_six_sites_drops_in_training_and_none_in_evaluation(monkeypatch,
     model = make_model(dropout=0.2, dispatch="dense")
     site_of, switches, real_stream, real_mask = {}, {}, Scope.stream, draws.dropout_mask
 
-    def stream(self, site, pass_="forward"):
-        key = real_stream(self, site, pass_)
+    def stream(self, site):
+        key = real_stream(self, site)
         site_of[id(key)] = (site.removeprefix("dropout_"), key)  # the key is held so that its id stays its own
         return key
 

@@ -8,14 +8,16 @@ import pytest
 from moe_jax.errors import ConfigError
 from moe_jax.keys import PASSES, PHASES
 from moe_jax.noise import NoiseSpec, SiteNoise
-from moe_jax.noise.spec import DECLARED_KINDS, DECLARED_SITES, KINDS, REACHES, SITES
+from moe_jax.noise.kinds import KINDS
+from moe_jax.noise.sites import GROUPS, MATMULS, OUTSIDE_LAYERS, SITES, VALUES
 
 # --- reading --------------------------------------------------------------------------------------------------------------------
 
 
 def test_defaults():
     noise = SiteNoise("additive", 0.1)
-    assert (noise.passes, noise.layers, noise.phases, noise.reach) == (PASSES, None, PHASES, REACHES)
+    assert (noise.passes, noise.layers, noise.phases, noise.reach) == (PASSES, None, PHASES, None)
+    assert (SiteNoise("additive").scale, noise.draws, noise.format) == (1.0, "fresh", None)
 
 
 def test_parse_the_whole_grammar():
@@ -27,12 +29,37 @@ def test_parse_the_whole_grammar():
     assert NoiseSpec.parse(text) == NoiseSpec(expected)
     assert NoiseSpec.parse("") == NoiseSpec() == NoiseSpec({})
     assert NoiseSpec.parse("router_logits=additive:0.1") != NoiseSpec.parse("router_logits=additive:0.2")
+    assert NoiseSpec.parse("relative:0.05:passes=forward") == NoiseSpec({"matmuls": SiteNoise("relative", 0.05, ("forward",))})
+    assert NoiseSpec.parse("experts=relative:0.1/0.2:draws=fixed") == NoiseSpec(
+        {"experts": SiteNoise("relative", (0.1, 0.2), draws="fixed")}
+    )
+    rounding = {"experts": SiteNoise("quantise", 1.0, format="mxfp4"), "mlp": SiteNoise("quantise", 0.5, format="int8")}
+    assert NoiseSpec.parse("experts=quantise:mxfp4,mlp=quantise:0.5:format=int8") == NoiseSpec(rounding)
+    for reach, kept in (("experts", ("experts",)), ("router", ("router",)), ("both", None)):
+        assert NoiseSpec.parse(f"norm_moe=additive:0.1:reach={reach}").sites["norm_moe"].reach == kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("site", SITES)
-def test_every_kind_at_every_site(site, kind):
-    assert NoiseSpec.parse(f"{site}={kind}:0.5").sites == {site: SiteNoise(kind, 0.5)}
+def test_every_kind_at_every_site(kind):
+    """accumulation needs a matmul, learned the router's logits; all else goes everywhere, groups too."""
+    for site in (*SITES, *GROUPS):
+        text, noise = (
+            (f"{site}={kind}:int8", SiteNoise(kind, format="int8")) if kind == "quantise" else (f"{site}={kind}:0.5", SiteNoise(kind, 0.5))
+        )
+        if (kind == "accumulation" and site in (*VALUES, "norms")) or (kind == "learned" and site != "router_logits"):
+            with pytest.raises(ConfigError, match=f"noise kind '{kind}' .*{site}") as caught:
+                NoiseSpec.parse(text)
+            assert "\n" not in str(caught.value)
+        else:
+            assert NoiseSpec.parse(text).sites == {site: noise}
+
+
+def test_a_site_named_by_itself_overrides_its_group():
+    spec = NoiseSpec.parse("relative:0.1,experts=relative:0.2,expert_up=relative:0.3,embedding=relative:0.4").by_site()
+    assert set(spec) == {*MATMULS, "embedding"}
+    scales = {site: noise.scale for site, noise in spec.items()}
+    assert scales["expert_up"] == 0.3 and scales["expert_down"] == scales["expert_gate"] == 0.2 and scales["embedding"] == 0.4
+    assert {scales[site] for site in MATMULS if not site.startswith("expert")} == {0.1}
 
 
 def test_single_names_and_ranges_become_tuples():
@@ -42,30 +69,63 @@ def test_single_names_and_ranges_become_tuples():
 
 def test_preset():
     assert NoiseSpec.preset("seed_gate_0.1") == NoiseSpec({"router_logits": SiteNoise("additive", 0.1, phases=("train",))})
+    everywhere = {"matmuls": SiteNoise("relative", 0.05)}
+    assert NoiseSpec.preset("e7b_as_described") == NoiseSpec(everywhere)
+    sampling, forward = dict(passes=("forward",), phases=("rollout", "eval")), dict(passes=("forward",))
+    for name, scale in (("e7b_as_run", 0.05), ("e7b_as_run_0.01", 0.01)):
+        as_run = {"attention": SiteNoise("relative", scale, **sampling), "router_gemm": SiteNoise("relative", scale, **sampling)}
+        assert NoiseSpec.preset(name) == NoiseSpec(as_run | {"lm_head": SiteNoise("relative", scale, **forward)})
+    dense = {site: SiteNoise("relative", 0.05) for site in ("attention", "mlp", "lm_head")}
+    assert NoiseSpec.preset("dense7b_as_run") == NoiseSpec(dense)
     with pytest.raises(ConfigError, match="unknown noise preset 'sed_gate_0.1'; known: seed_gate_S"):
         NoiseSpec.preset("sed_gate_0.1")
+    with pytest.raises(ConfigError, match=r"unknown noise preset 'e7b_as_rum' \(did you mean 'e7b_as_run'\?\)"):
+        NoiseSpec.preset("e7b_as_rum")
     with pytest.raises(ConfigError, match="'high' .* is not a number"):
         NoiseSpec.preset("seed_gate_high")
+
+
+def test_the_table_says_where_and_when():
+    spec = NoiseSpec.parse(
+        "experts=relative:0.05:phases=rollout:passes=forward+grad_weight,norm_moe=additive:0.1/0.2:reach=router,lm_head=quantise:int8:draws=fixed"
+    )
+    lines = spec.table().splitlines()
+    assert lines[0].split() == ["site", *PHASES]
+    rows = {line.split("  ")[0]: line for line in lines[1:]}
+    assert set(rows) == {*GROUPS["experts"], "norm_moe", "lm_head"}
+    assert rows["expert_up"].count("relative 0.05 on y+dW") == 1 and rows["expert_up"].split()[-3:] == ["-", "-", "-"]
+    assert rows["norm_moe"].count("additive 0.1/0.2 on y to router") == 4
+    assert rows["lm_head"].count("quantise int8 on y+dX+dW fixed") == 4
 
 
 # --- refusing -------------------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "router_logit=additive:0.1": r"unknown noise site 'router_logit' \(did you mean 'router_logits'\?\); known: router_input, router_logits",
+    "router_logit=additive:0.1": r"unknown noise site 'router_logit' \(did you mean 'router_logits'\?\); known: experts, .*router_input",
     "=additive:0.1": "unknown noise site ''",
-    "router_logits=aditive:0.1": r"unknown noise kind 'aditive' \(did you mean 'additive'\?\); known: additive, relative",
+    "router_logits=aditive:0.1": r"unknown noise kind 'aditive' \(did you mean 'additive'\?\); known: additive, relative.*accumulation",
     "router_logits=additive:0.1:phases=trian": r"unknown name 'trian' in phases \(did you mean 'train'\?\); known: rollout, .*eval",
     "router_logits=additive:0.1:phases": "unknown name '' in phases",
     "router_logits=additive:0.1:passes=forwards": r"unknown name 'forwards' in passes \(did you mean 'forward'\?\)",
-    "router_logits=additive:0.1:reach=weight": r"unknown name 'weight' in reach \(did you mean 'weights'\?\); known: selection, weights, balance",
+    "router_logits=additive:0.1:reach=weight": r"unknown reach 'weight' of router_logits \(did you mean 'weights'\?\); known: selection, weights, balance",
     "router_logits=additive:0.1:layer=1": r"unknown option 'layer' in noise 'router_logits.*' \(did you mean 'layers'\?\); known: passes",
     "router_logits=additive:0.1:layers=one": "cannot read layers 'one' in noise 'router_logits.*'; write e.g. 0-3\\+7",
     "router_logits=additive:0.1:layers=": "cannot read layers ''",
     "router_logits=additive:0.1:layers=3-1": "cannot read layers '3-1'",
     "router_logits=additive:much": "noise scale 'much' in 'router_logits=additive:much' is not a number",
-    "router_logits=additive:-0.1": "must be finite and not negative, got -0.1",
+    "router_logits=additive:-0.1": "the scale of additive must be finite and not negative, got -0.1",
     "router_logits=additive:nan": "must be finite and not negative, got nan",
     "router_logits=additive:inf": "must be finite and not negative, got inf",
+    "expert_up=bit_flip:1.5": "the scale of bit_flip must be from 0 to 1, got 1.5",
+    "experts=quantise:0.5": r"unknown format None to quantise to.*; known: fp8_e4m3",
+    "experts=quantise:fp8_e4m4": r"unknown format 'fp8_e4m4' to quantise to \(did you mean 'fp8_e4m3'\?\); known: fp8_e4m3, .*int8",
+    "experts=quantise:1:format=fp8_e4m4": r"unknown format 'fp8_e4m4' to quantise to \(did you mean 'fp8_e4m3'\?\); known: fp8_e4m3",
+    "experts=relative:0.1:format=int8": "noise kind 'relative' has no format, got 'int8'",
+    "experts=relative:0.1:draws=fix": r"unknown name 'fix' in draws \(did you mean 'fixed'\?\); known: fresh, fixed",
+    "expert_up=relative:0.1:reach=router": "noise at 'expert_up' names a reach .*; only router_logits and norm_moe have one",
+    "norm_moe=additive:0.1:reach=routers": r"unknown reach 'routers' of norm_moe \(did you mean 'router'\?\); known: experts, router",
+    "embedding=relative:0.1:passes=grad_input": "'embedding' has passes .*acts in the pass forward alone",
+    "matmul=relative:0.1": r"unknown noise site 'matmul' \(did you mean 'matmuls'\?\)",
     "router_logits=additive": r"cannot read noise 'router_logits=additive'; write site=kind:scale, e.g. router_logits=additive:0.1",
     "router_logits": "cannot read noise 'router_logits'; write site=kind:scale",
     "router_logits=": "cannot read noise 'router_logits='",
@@ -82,20 +142,8 @@ def test_bad_text_is_one_clear_line(text):
 
 @pytest.mark.parametrize("scale", [-1, np.float32(np.nan), np.array([0.1, -0.1]), np.array([0.1, np.inf])], ids=str)
 def test_bad_scales(scale):
-    with pytest.raises(ConfigError, match="a noise scale must be finite and not negative"):
+    with pytest.raises(ConfigError, match="the scale of additive must be finite and not negative"):
         SiteNoise("additive", scale)
-
-
-@pytest.mark.parametrize("site", DECLARED_SITES)
-def test_sites_that_programs_do_not_perturb_say_so(site):
-    with pytest.raises(NotImplementedError, match=f"noise site '{site}' .* usable: router_input, router_logits"):
-        NoiseSpec({site: SiteNoise("additive", 0.1)})
-
-
-@pytest.mark.parametrize("kind", DECLARED_KINDS)
-def test_kinds_that_no_site_offers_say_so(kind):
-    with pytest.raises(NotImplementedError, match=f"noise kind '{kind}' .* usable: additive"):
-        SiteNoise(kind, 0.1)
 
 
 # --- resolving ------------------------------------------------------------------------------------------------------------------
@@ -117,6 +165,28 @@ def test_layers_and_scales_that_do_not_fit_the_model():
         NoiseSpec.parse("router_logits=additive:0.1:layers=1+3+7").resolve(3)
     with pytest.raises(ConfigError, match=r"scale of shape \(2,\); give one number or one per layer \(3,\)"):
         NoiseSpec({"router_logits": SiteNoise("additive", np.array([0.1, 0.2]))}).resolve(3)
+    for site in OUTSIDE_LAYERS:
+        with pytest.raises(ConfigError, match=f"noise at '{site}' names layers .*, but stands outside the layers"):
+            NoiseSpec({site: SiteNoise("relative", 0.1, layers=(0,))}).resolve(3)
+        assert NoiseSpec({site: SiteNoise("relative", 0.5)}).resolve(3).scales[site].shape == ()
+
+
+def test_sites_that_the_model_does_not_have():
+    """A site by name is refused; a group means those of its sites that the model has."""
+    has = [site for site in SITES if site not in (*GROUPS["experts"], "router_gemm")]
+    with pytest.raises(ConfigError, match="this model has no noise site 'expert_up'; it has attention_q, .*lm_head") as caught:
+        NoiseSpec.parse("expert_up=relative:0.1").resolve(2, has)
+    assert "expert_down" not in str(caught.value)
+    with pytest.raises(ConfigError, match="this model has no noise site 'experts'"):
+        NoiseSpec.parse("experts=relative:0.1").resolve(2, has)
+    assert set(NoiseSpec.parse("relative:0.1").resolve(2, has).scales) == {site for site in MATMULS if site in has}
+
+
+def test_layers_of_a_group_leave_out_what_has_no_layer():
+    """Every matmul of layer 1: the head, which is in no layer, is not meant; a site named by itself is refused (above)."""
+    resolved = NoiseSpec.parse("relative:0.5:layers=1").resolve(2)
+    assert set(resolved.scales) == {site for site in MATMULS if site != "lm_head"}
+    assert all(scale.tolist() == [0, 0.5] for scale in resolved.scales.values())
 
 
 def test_phases():

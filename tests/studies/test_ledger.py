@@ -94,6 +94,7 @@ def test_a_run_counts_once(ledger):
         ({"metrics": {**METRICS, "val_ppl": True}}, "not a number"),
         ({"seconds": math.inf}, "seconds is inf"),
         ({"series": {"loss": [1.0, 2.0]}}, "pairs"),
+        ({"series": {"loss": 1.0}}, "pairs"),
         ({"provenance": {"device": object()}}, "must be JSON values"),
     ],
 )

@@ -109,6 +109,7 @@ def test_json_holds_the_numbers(built):
         ({"data": {"split": "leaky"}}, "warning", "must not be compared with those of a clean split"),
         ({"split": "clean"}, "note", "no validation text is seen in training"),
         ({"split": "by author"}, "note", "by author"),
+        ({"split": [0.9, 0.1]}, "note", "[0.9, 0.1]"),
         ({}, "warning", "do not say"),
     ],
 )

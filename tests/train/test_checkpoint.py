@@ -122,6 +122,14 @@ def test_numpy_leaves_stay_numpy_and_keep_what_jax_would_narrow(tmp_path):
     assert open_checkpoints(tmp_path).restore(jnp.zeros(4, jnp.int32), step=2)[0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_come_back_with_their_generator(tmp_path, generator):
+    key = jax.random.key(5, impl=generator)
+    open_checkpoints(tmp_path).save(1, key)
+    restored, _, _ = open_checkpoints(tmp_path).restore(jax.ShapeDtypeStruct((), key.dtype))
+    assert restored.dtype == key.dtype and bits(restored) == bits(key)
+
+
 def test_only_the_newest_are_kept_and_an_explicit_one_can_be_asked_for(tmp_path):
     checkpoints = open_checkpoints(tmp_path / "deep" / "er", keep=3)
     assert checkpoints.steps() == [] and checkpoints.latest() is None

@@ -110,6 +110,9 @@ def test_too_little_text(tmp_path):
         path.write_text(json.dumps(documents))
         with pytest.raises(DataError, match=message):
             D.build(SMALL.replace(source=str(path)), 0)
+    D.build(SMALL, 0, corpus=corpus_of(SMALL, range(17), range(17)))  # one window each
+    with pytest.raises(DataError, match="the validation part has 16 tokens, one window needs 17"):
+        D.build(SMALL, 0, corpus=corpus_of(SMALL, range(17), range(16)))
     path.write_text(json.dumps([" "]))
     with pytest.raises(DataError, match="holds no text .1 documents, 1 of them empty"):
         D.build(SMALL.replace(source=str(path), split="leaky"), 0)

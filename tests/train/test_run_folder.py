@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.errors import ConfigError
 from moe_jax.train import run_folder
-from moe_jax.train.run_folder import RunFolder, write_atomic
+from moe_jax.train.run_folder import RunFolder, some, write_atomic
 
 HOLDER = """
 import sys, time
@@ -156,6 +156,10 @@ def test_a_resume_under_another_config_lists_every_field_and_changes_nothing(tmp
         assert folder.config() == {"a": {"b": 3, "c": 1}, "d": [1, 2]}
         with pytest.raises(ConfigError, match="and 30 more"):
             folder.check_config({f"field{number}": number for number in range(47)})
+
+
+def test_long_lists_in_errors_are_cut_and_counted():
+    assert some(["a", "b"], 2) == "a; b" and some(["a", "b", "c", "d"], 2, ", ") == "a, b, and 2 more" and some([], 2) == ""
 
 
 def test_commit_names_the_checkout_and_whether_it_is_changed(tmp_path, monkeypatch):

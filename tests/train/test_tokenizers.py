@@ -166,6 +166,10 @@ def test_gguf_lying_counts_end_quickly(tmp_path):
         path.write_bytes(whole[:at] + struct.pack("<Q", 1 << 60) + whole[at + 8 :])
         with pytest.raises(DataError, match="is damaged"):
             tokenizers.read_gguf_metadata(path, NAMES)
+    nested = gguf_string("deep") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + nested)
+    with pytest.raises(DataError, match="is damaged"):
+        tokenizers.read_gguf_metadata(path, NAMES)
     path.write_bytes(b"PK\3\4" + bytes(100))
     with pytest.raises(DataError, match="not a GGUF file"):
         tokenizers.read_gguf_metadata(path, NAMES)

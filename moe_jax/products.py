@@ -1,0 +1,103 @@
+"""The product of rows with weights that every dense and grouped matmul of a model is, with its derivative by hand.
+
+An `operator` (noise.dot.Operator, or None for exact arithmetic) computes each of the three products: the result, dX and dW, from a function that
+multiplies. R rows, M inner and N outer width, G groups.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moe_jax.dots import dot
+
+# Contract axis 0 of both sides group by group: [R,M], [R,N] -> [G,M,N].
+_WEIGHT_GRADIENT = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+def product(operator: Any, pass_: str, rows, a, b, multiply, axis: int = -2, part: tuple[Any, int] = (0, 0)) -> Float[Array, "..."]:
+    """multiply(a, b) in float32 as `operator` does it.
+
+    rows: logical numbers of a's rows. axis: of the weights b, the one that "forward" contracts. part: which columns the result has, if not
+    all: the first one's number and how many there are.
+    """
+    return multiply(a, b) if operator is None else operator.product(pass_, rows, a, b, multiply, axis, part)
+
+
+def partial_sums(operator: Any, a, b, multiply) -> tuple[jax.Array, ...]:
+    """What a weight gradient over some of the rows adds to: multiply(a, b), and whatever else `operator` needs. All are of one shape."""
+    return (multiply(a, b),) if operator is None else operator.partial_sums(a, b, multiply)
+
+
+def sum_count(operator: Any) -> int:
+    return 1 if operator is None else operator.sum_count
+
+
+def weight_gradient(operator: Any, sums: tuple[jax.Array, ...], first: Any = 0) -> Float[Array, "..."]:
+    """The weight gradient [..., N] from its sums over all rows; first: the logical number of its first row, counted over all leading axes."""
+    return sums[0] if operator is None else operator.weight_gradient(sums, first)
+
+
+def matmul(
+    x: Float[Array, "... M"],
+    w: Float[Array, "M N"] | Float[Array, "G M N"],
+    operator: Any = None,
+    rows: Int[Array, "..."] | None = None,
+    sizes: Int[Array, "G"] | None = None,
+    first: Any = 0,
+    transposed: bool = False,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "... N"]:
+    """x @ w in the type of x, summed and returned in float32; dX comes in the type of x, dW in that of w.
+
+    sizes: w is [G, M, N] and multiplies that many rows of x [R, M] each, in order. transposed: w is [N, M]. rows: the logical numbers of x's rows;
+    first: that of w's first row; both are coordinates of the operator's draws and not needed without one. precision: of the multiplications, default the
+    platform's own.
+    """
+    return _matmul(transposed, precision, x, w, operator, rows, sizes, first)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(transposed: bool, precision, x, w, operator, rows, sizes, first):
+    axis = -1 if transposed else -2
+
+    def multiply(a, b):
+        return (
+            dot(a, b, a.ndim - 1, b.ndim + axis, precision)
+            if sizes is None
+            else lax.ragged_dot(a, b, sizes, preferred_element_type=jnp.float32)
+        )
+
+    return product(operator, "forward", rows, x, w.astype(x.dtype), multiply, axis)
+
+
+def _forward(transposed, precision, x, w, operator, rows, sizes, first):
+    return _matmul(transposed, precision, x, w, operator, rows, sizes, first), (x, w, operator, rows, sizes, first)
+
+
+def _backward(transposed: bool, precision, saved, dy):
+    x, w, operator, rows, sizes, first = saved
+    dy, axis = dy.astype(x.dtype), -1 if transposed else -2
+
+    def times_transpose(a, b):
+        if sizes is None:
+            return dot(a, b, a.ndim - 1, b.ndim - 3 - axis, precision)
+        return lax.ragged_dot(a, b.swapaxes(-1, -2), sizes, preferred_element_type=jnp.float32)
+
+    def transpose_times(a, b):
+        if sizes is not None:
+            return lax.ragged_dot_general(a, b, sizes, _WEIGHT_GRADIENT, preferred_element_type=jnp.float32)
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        return dot(b, a, 0, 0, precision) if transposed else dot(a, b, 0, 0, precision)
+
+    dx = product(operator, "grad_input", rows, dy, w.astype(x.dtype), times_transpose, axis)
+    dw = weight_gradient(operator, partial_sums(operator, x, dy, transpose_times), first)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None, None, None, None
+
+
+_matmul.defvjp(_forward, _backward)
