@@ -1,6 +1,7 @@
 """Noise on a matmul: the operator that computes its three products with an error.
 
-The error is added to the whole logical result, in float32, before any cast: after the sum over all rows for dW. Passes that the spec does not name are
+The error is added to the whole logical result, in float32, before any cast: after the sum over all rows for dW (of a
+micro-batch: those of one update share dW's draws, so that a relative error does not depend on the split). Passes that the spec does not name are
 exact products at the activations that arrive. R rows, C columns of a result.
 """
 
