@@ -1,5 +1,6 @@
 """Commands as a shell sees them: exit codes, one-line errors, the manual, and signals that stop cleanly."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -99,7 +100,9 @@ def start(folder):
     def start(*arguments: str, module: str = "sample") -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "COLUMNS": "80"}
         command = [sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        # a shell's background job ignores SIGINT and hands that on: the command must meet the signals of a terminal wherever the tests run
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen)
 
     return start
 
