@@ -1,6 +1,5 @@
 """Commands as a shell sees them: exit codes, one-line errors, the manual, and signals that stop cleanly."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ A second paragraph with 100 % of the details.
 """
 
 import dataclasses
+import signal
 import time
 import warnings
 
@@ -29,6 +29,8 @@ from absl import flags
 from launch.common import StopRequests, apply_overrides, define_set, run
 from moe_jax import errors
 
+# a shell's background job ignores SIGINT and hands that on: here the signals are a terminal's wherever the tests run
+signal.signal(signal.SIGINT, signal.default_int_handler)
 STEPS = flags.DEFINE_integer("steps", 10, "How many steps to take.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; " + "long text " * 12, required=True)
 RATE = flags.DEFINE_float("rate", 1e-3, "Learning rate.")
@@ -100,9 +102,7 @@ def start(folder):
     def start(*arguments: str, module: str = "sample") -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "COLUMNS": "80"}
         command = [sys.executable, "-m", module, *arguments]
-        # a shell's background job ignores SIGINT and hands that on: the command must meet the signals of a terminal wherever the tests run
-        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     return start
 
