@@ -14,6 +14,7 @@ from moe_jax.keys import PASSES, PHASES, Draw
 from moe_jax.model import Model, ModelConfig
 from moe_jax.noise import Noise, NoiseSpec, SiteNoise
 from moe_jax.noise import sites as names
+from moe_jax.noise.formats import FORMATS
 from moe_jax.train.data import DataConfig
 
 _SHORT = {"forward": "y", "grad_input": "dX", "grad_weight": "dW"}
@@ -101,6 +102,8 @@ def sentence(name: str, noise: SiteNoise, hit: Sequence[str], config: ModelConfi
         parts.append(f"read so by {_listed(noise.reach)} alone")
     if per_element:
         parts.append("a fresh draw each step" if noise.draws == "fresh" else "the same draw in every step")
+    if noise.format:
+        parts.append(f"{noise.format} is {FORMATS[noise.format].description}")
     return f"{name}: {what}. {'; '.join(parts)}."
 
 

@@ -144,7 +144,8 @@ def test_the_words_of_a_spec():
     for part in (
         "experts: the matmuls expert_gate and expert_up. Each element y of the result, dX and dW becomes y*(1 + s*n)",
         "s = 0.05, each with its own draws; layer 1 (of 0 to 1); all phases; a fresh draw each step.",
-        "expert_down: the matmul expert_down. Both operands are rounded to int8 in the products for the result, dX and dW; every layer; all phases.",
+        "expert_down: the matmul expert_down. Both operands are rounded to int8 in the products for the result, dX and dW; every layer; all phases; "
+        "int8 is integers -127 to 127, a float32 scale amax/127 per row, nearest even.",
         "s = 0.1, each with its own draws; once, outside the layers; phases train and eval; the same draw in every step.",
         "u uniform from 1-s to 1+s, s = 0.1, the same for all tokens; every layer; all phases; read so by experts alone;",
         "Not hit: router_gemm, attention, router_input, router_logits, embedding, norm_attention, norm_final.",
