@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 
-from allocator import restart_with_settings
+from process import described, restart_with_settings
 
 SHAPES = {"e8": dict(T=3072, D=384, F=1536, E=8, K=2), "e128": dict(T=3072, D=256, F=96, E=128, K=8)}
 
@@ -33,7 +33,7 @@ def main():
     cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if cpu else "bfloat16"))
     print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES')}"
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, {described()}"
     )
     names = ["dense", "blocked", "ragged"] if args.all else ["dense", "blocked"] if cpu else ["dense", "ragged"]
     names = args.implementations or names

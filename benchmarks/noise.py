@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-from allocator import restart_with_settings
+from process import described, restart_with_settings
 
 BATCH, LENGTH = 4, 512
 ROWS, COLUMNS = 2048, 8192
@@ -31,7 +31,7 @@ def main():
     import jax
 
     print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES')}"
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {described()}"
     )
     draws_alone(args.rounds)
     for dtype in [args.only] if args.only else ["float32", "bfloat16"]:

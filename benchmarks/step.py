@@ -5,7 +5,7 @@
     python benchmarks/step.py --rounds=5 --only=bfloat16
 
 A step is one micro-batch forward and backward with dropout and gate noise, clipping, Muon and AdamW: all 79,059,840 parameters move. Each side is a
-process of its own; they step in turn, so that a busy machine disturbs all alike, under the same allocator settings and as many threads as cores.
+process of its own; they step in turn, so that a busy machine disturbs all alike, under the same settings (process.py) and as many threads as cores.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from allocator import TUNABLES, restart_with_settings
+from process import described, restart_with_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BATCH, LENGTH = 4, 512
@@ -39,7 +39,7 @@ def main():
         return worker(args.worker)
     if args.parts:
         return print_parts(args.parts)
-    print(f"{BATCH} x {LENGTH} tokens a step, {os.cpu_count()} cores, GLIBC_TUNABLES={TUNABLES}")
+    print(f"{BATCH} x {LENGTH} tokens a step, {os.cpu_count()} cores, {described()}")
     for dtype in [args.only] if args.only else ["float32", "bfloat16"]:
         compare(dtype, args)
         if not args.no_parts:
