@@ -32,9 +32,7 @@ def main():
 
     cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if cpu else "bfloat16"))
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, {described()}"
-    )
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, {described()}")
     names = ["dense", "blocked", "ragged"] if args.all else ["dense", "blocked"] if cpu else ["dense", "ragged"]
     names = args.implementations or names
     for label in args.only or SHAPES:

@@ -30,9 +30,7 @@ def main():
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     import jax
 
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {described()}"
-    )
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {described()}")
     draws_alone(args.rounds)
     for dtype in [args.only] if args.only else ["float32", "bfloat16"]:
         whole_step(dtype, args.noise, args.rounds)
