@@ -22,7 +22,7 @@ ROWS, COLUMNS = 2048, 8192
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default 7)")
+    parser.add_argument("--rounds", type=int, default=11, help="timed steps of each side (default 11)")
     parser.add_argument("--only", choices=("float32", "bfloat16"), help="this type alone")
     parser.add_argument("--noise", default="matmuls=relative:0.05", help="the spec (default matmuls=relative:0.05)")
     args = parser.parse_args()
