@@ -30,7 +30,13 @@ class DataError(MoeJaxError):
 
 
 class CheckpointError(MoeJaxError):
-    """A checkpoint or routing trace that is missing, damaged or does not fit."""
+    """A checkpoint that is missing, damaged or does not fit."""
+
+    exit_code = 4
+
+
+class TraceError(MoeJaxError):
+    """A routing trace that cannot be read, is damaged or incomplete, or does not fit."""
 
     exit_code = 4
 

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.errors import nearest
@@ -29,9 +30,9 @@ class RoutingDecision:
 class RoutingTrace:
     """The decisions of all MoE layers in global batch order; ids in the narrowest unsigned type, whose largest value means "not recorded"."""
 
-    ids: Int[Array, "L B S K"]  # uint8 up to 255 experts, uint16 above
-    weights: Float[Array, "L B S K"]  # float32
-    layer_index: Int[Array, "L"]  # absolute layer in the model, dense layers counted
+    ids: Int[Array | np.ndarray, "L B S K"]  # uint8 up to 255 experts, uint16 above
+    weights: Float[Array | np.ndarray, "L B S K"] | None  # float32; None where only ids were recorded
+    layer_index: Int[Array | np.ndarray, "L"]  # absolute layer in the model, dense layers counted
 
     @property
     def valid(self):

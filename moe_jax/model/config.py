@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax import config_tools
 from moe_jax.dispatch import IMPLEMENTATIONS
 from moe_jax.errors import ConfigError, nearest
 from moe_jax.experts import ACTIVATIONS
@@ -149,6 +150,11 @@ class ModelConfig:
         absent |= set() if self.gated else {"expert_gate", "mlp_gate"}
         absent |= set() if self.qk_norm != "none" else {"norm_q", "norm_k"}
         return tuple(site for site in SITES if site not in absent)
+
+    def routing_hash(self) -> str:
+        """16 hex digits of all that decides what the model computes, not how: the same for any dispatch, recomputation, number type or chunking."""
+        how = ("dtypes", "remat", "dispatch", "scan_layers", "loss_chunk", "loss_chunk_size")
+        return config_tools.digest({name: value for name, value in config_tools.config_dict(self).items() if name not in how})[:16]
 
     def resolve(self, spec: NoiseSpec) -> Noise:
         """The spec over this model's layers and sites; raises ConfigError for what the model does not have."""

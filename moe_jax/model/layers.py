@@ -23,7 +23,7 @@ from moe_jax.products import matmul
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("key", "fixed", "layer", "tokens", "scales"), meta_fields=("sites", "dropout")
+    jax.tree_util.register_dataclass, data_fields=("key", "fixed", "layer", "tokens", "scales"), meta_fields=("sites", "dropout", "freeze")
 )
 @dataclasses.dataclass(frozen=True)
 class Scope:
@@ -36,6 +36,7 @@ class Scope:
     sites: tuple[tuple[str, SiteNoise], ...] = ()  # the sites that act in this phase
     dropout: float = 0.0  # 0 outside training
     fixed: Any = None  # UInt32[2] as `key` without the step, for sites whose draws are fixed
+    freeze: tuple[str, ...] = ()  # of replay.FREEZES, those that act in a forward pass
 
     def at(self, layer, scales) -> "Scope":
         return dataclasses.replace(self, layer=layer, scales=scales)
@@ -134,9 +135,9 @@ class MLP(nnx.Module):
             self.gate = weight(config, (config.d_model, width), ("embed", "mlp"))
         self.gated = config.gated
 
-    def __call__(self, x: Float[Array, "B S D"], scope: Scope, routed=None) -> tuple[Float[Array, "B S D"], dict]:
+    def __call__(self, x: Float[Array, "B S D"], scope: Scope, routed=None, replay=None) -> tuple[Float[Array, "B S D"], dict]:
         """The output, and nothing about a router."""
-        del routed
+        del routed, replay
         act = ACTIVATIONS[self.activation]
         up = linear(x, self.up[...], scope, "mlp_up")
         hidden = act(linear(x, self.gate[...], scope, "mlp_gate")) * up if self.gated else act(up)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -20,10 +21,11 @@ from moe_jax.losses import cross_entropy
 from moe_jax.mesh import DEFAULT_RULES
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope
-from moe_jax.model.transformer import declare_decoder
+from moe_jax.model.transformer import declare_decoder, layer_plan
 from moe_jax.noise import Noise, NoiseSpec
 from moe_jax.noise.sites import OUTSIDE_LAYERS
 from moe_jax.products import matmul
+from moe_jax.replay import Replay, check_freeze, check_shape, check_trace
 from moe_jax.routing import RoutingTrace
 
 CAPTURES = ("trace", "router_logits", "residual_ids")
@@ -31,7 +33,7 @@ CAPTURES = ("trace", "router_logits", "residual_ids")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("hidden", "logits", "trace", "router_logits", "aux", "load", "residual_ids"),
+    data_fields=("hidden", "logits", "trace", "router_logits", "aux", "load", "residual_ids", "router", "bias_load"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,17 @@ class Output:
 
     hidden: Float[Array, "B S D"]  # after the final norm
     logits: Float[Array, "B S V"] | None  # float32
-    trace: RoutingTrace | None  # capture "trace"
+    trace: RoutingTrace | None  # capture "trace": the experts and weights that were used
     router_logits: Float[Array, "L B S E"] | None  # capture "router_logits": before softmax, as selection saw them
     aux: dict[str, tuple[jax.Array, jax.Array]]  # (sum, count): balance_loss and z_loss over layers, router/… over tokens and layers
     load: Float[Array, "L E"] | None  # assignments per expert; None for a dense model
     residual_ids: (
         Int[Array, "L B S K"] | None
     )  # capture "residual_ids": the choice if each router read its block's input (not real routing)
+    router: dict[str, tuple[jax.Array, jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )  # router/… and replay/… of each layer: (sum [L], count [L])
+    bias_load: Float[Array, "L E"] | None = None  # of a model with a selection bias: the load that its update follows
 
 
 class Model:
@@ -101,23 +107,26 @@ class Model:
         draw: Draw | None = None,
         train: bool = False,
         capture: tuple[str, ...] = (),
+        replay: Replay | None = None,
+        freeze: tuple[str, ...] = (),
     ) -> Output:
         """One forward pass with logits.
 
         noise: what is perturbed; the scales are arrays, the rest static. draw: which draw of it (default: seed 0, step 0, phase "eval").
-        train: dropout on. capture: any of "trace", "router_logits", "residual_ids".
-        Raises ConfigError for a sequence longer than max_seq_len, unknown captures, and noise on layers that are not there.
+        train: dropout on. capture: any of "trace", "router_logits", "residual_ids". replay: routes to take. freeze: any of replay.FREEZES.
+        Raises ConfigError for a sequence longer than max_seq_len, unknown captures, and noise on layers that are not there; TraceError for a replay
+        of other layers, sizes or experts.
         """
-        scope, scales = self._scope(tokens, noise, draw, train)
-        out = self._features(params, tokens, scope, scales, capture)
+        scope, scales = self._scope(tokens, noise, draw, train, freeze)
+        out = self._features(params, tokens, scope, scales, capture, replay)
         logits = matmul(out.hidden, self.head(params), scope.operator("lm_head"), scope.tokens, transposed=True)
         return dataclasses.replace(out, logits=logits)
 
-    def features(self, params, tokens, noise=None, draw=None, train=False, capture=()) -> Output:
+    def features(self, params, tokens, noise=None, draw=None, train=False, capture=(), replay=None, freeze=()) -> Output:
         """As `apply`, without the head's matmul: logits is None."""
-        return self._features(params, tokens, *self._scope(tokens, noise, draw, train), capture)
+        return self._features(params, tokens, *self._scope(tokens, noise, draw, train, freeze), capture, replay)
 
-    def _scope(self, tokens, noise: NoiseSpec | Noise | None, draw: Draw | None, train: bool) -> tuple[Scope, dict[str, jax.Array]]:
+    def _scope(self, tokens, noise: NoiseSpec | Noise | None, draw: Draw | None, train: bool, freeze) -> tuple[Scope, dict[str, jax.Array]]:
         """What stands outside the layers knows, and the noise scales of the layers, [L] by site."""
         config = self.config
         if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
@@ -134,26 +143,34 @@ class Model:
         batch, length = tokens.shape
         rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + jnp.arange(length)
         fixed = draw.key(fixed=True) if any(noise.draws == "fixed" for _, noise in sites) else None
-        scope = Scope(draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed)
+        scope = Scope(draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed, check_freeze(freeze))
         return scope, {site: scales[site] for site, _ in sites if site not in OUTSIDE_LAYERS}
 
-    def _features(self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture) -> Output:
+    def _features(self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture, replay: Replay | None) -> Output:
         unknown = [name for name in capture if name not in CAPTURES]
         if unknown:
             raise ConfigError(f"unknown capture {unknown}; known: {', '.join(CAPTURES)}")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, router = self._forward(params, tokens, positions, scope, scales, tuple(capture))
+        if replay is not None:
+            self._check_replay(replay, *tokens.shape)
+        hidden, router = self._forward(params, tokens, positions, scope, scales, tuple(capture), replay)
         return self._output(hidden, router, capture)
 
+    def _check_replay(self, replay: Replay, batch: int, length: int) -> None:
+        """The values too where they are at hand, which they are not while a program is being traced."""
+        config, traced = self.config, any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(replay))
+        check = check_shape if traced else check_trace
+        check(replay.trace, config.moe_layers, config.num_experts, config.experts_per_token, batch, length)
+
     def loss(
-        self, params, tokens, targets, weights=None, noise=None, draw=None, train=False, capture=()
+        self, params, tokens, targets, weights=None, noise=None, draw=None, train=False, capture=(), replay=None, freeze=()
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
         """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; the rest as for `apply`.
 
         tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all.
         """
-        scope, scales = self._scope(tokens, noise, draw, train)
-        out = self._features(params, tokens, scope, scales, capture)
+        scope, scales = self._scope(tokens, noise, draw, train, freeze)
+        out = self._features(params, tokens, scope, scales, capture, replay)
         weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
         flat = out.hidden.reshape(-1, out.hidden.shape[-1])
         total, metrics = cross_entropy(
@@ -180,9 +197,16 @@ class Model:
             trace = RoutingTrace(router["ids"], router["weights"], jnp.array(self.config.moe_layers, jnp.int32))
         layers = jnp.asarray(len(self.config.moe_layers), jnp.float32)
         aux = {name: (router[name].sum(), layers) for name in ("balance_loss", "z_loss")}
-        aux |= {name: (value[0].sum(), value[1].sum()) for name, value in router.items() if name.startswith("router/")}
+        each = {name: value for name, value in router.items() if name.startswith(("router/", "replay/"))}
+        aux |= {name: (total.sum(), count.sum()) for name, (total, count) in each.items()}
         logits = router["logits"] if "router_logits" in capture else None
-        return Output(hidden, None, trace, logits, aux, router["load"], router.get("residual_ids"))
+        return Output(hidden, None, trace, logits, aux, router["load"], router.get("residual_ids"), each, router.get("bias_load"))
+
+    def layers_of(self, role: str) -> dict[str, tuple[int, ...]]:
+        """Path of each stacked parameter of a role -> the absolute layers that its leading axis counts."""
+        stacks = {stack.name: stack.layers for segment in layer_plan(self.config) for stack in segment}
+        found = {path: path.split("/")[0] for path, spec in paths.flatten(self.specs).items() if spec.role == role}
+        return {path: stacks[name] for path, name in found.items() if name in stacks}
 
     def parameter_count(self) -> int:
         return sum(spec.size for spec in paths.flatten(self.specs).values())

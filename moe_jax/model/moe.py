@@ -21,8 +21,14 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope, weight
 from moe_jax.noise import draws
 from moe_jax.products import matmul
+from moe_jax.replay import Replay
 
-ROUTING_IDS = "routing_ids"  # a backward pass that computes a layer again must use the ids that were used: they are always saved
+ROUTER_SITES = ("router_logits", "router_input", "router_gemm")
+ROUTING = (
+    "routing"  # a backward pass that computes a layer again must use the ids and weights that were used, to the bit: they are always saved
+)
+
+_LIVE = Replay(None, selection_bias="replayed")  # type: ignore[arg-type]  # without a replay, what is used is what was chosen
 
 
 class MoE(nnx.Module):
@@ -40,20 +46,26 @@ class MoE(nnx.Module):
             self.selection_bias = declare(ParamSpec((experts,), ("router",), "selection_bias", "zeros", dtype="float32"))
 
     def __call__(
-        self, x: Float[Array, "B S D"], scope: Scope, routed: Float[Array, "B S D"] | None = None
+        self, x: Float[Array, "B S D"], scope: Scope, routed: Float[Array, "B S D"] | None = None, replay: Replay | None = None
     ) -> tuple[Float[Array, "B S D"], dict]:
-        """The layer's output, and what the router did. routed: what the router reads instead of x (x with another noise)."""
+        """The layer's output, and what the router did. routed: what the router reads instead of x (x with another noise). replay: this layer's routes."""
         c, tokens = self.config, scope.tokens.reshape(-1)
         flat = x.reshape(-1, x.shape[-1])
         read = scope.perturb(flat if routed is None else routed.reshape(flat.shape), "router_input")
+        if "stop_gate_gradient" in scope.freeze:
+            read = jax.lax.stop_gradient(read)
         dot = functools.partial(matmul, operator=scope.operator("router_gemm"), rows=tokens, precision=jax.lax.Precision.HIGHEST)
         clean = routing.router_logits(read, self.router[...], dot)
         noisy = self._learned(clean, read, scope) if c.learned_noise else scope.perturb(clean, "router_logits")
         seen = functools.partial(_seen_by, scope, clean, noisy)
 
         bias = self.selection_bias[...] if c.selection_bias else None
-        ids = checkpoint_name(routing.select(seen("selection"), c.experts_per_token, bias=bias), ROUTING_IDS)
+        live = ids = checkpoint_name(routing.select(seen("selection"), c.experts_per_token, bias=bias), ROUTING)
+        if replay is not None:
+            recorded = replay.recorded(c.num_experts)
+            ids = replay.ids(live, recorded)
         weights = routing.combine(seen("weights"), ids, c.router_score, c.renormalise)
+        weights = checkpoint_name(weights if replay is None else replay.weights(weights, recorded), ROUTING)
         decision = routing.RoutingDecision(ids, weights)
         y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens=tokens)
 
@@ -61,13 +73,35 @@ class MoE(nnx.Module):
             "ids": ids.astype(routing.trace_dtype(c.num_experts)).reshape(*x.shape[:2], -1),
             "weights": weights.reshape(*x.shape[:2], -1),
             "logits": seen("selection").reshape(*x.shape[:2], -1),
-            "load": stats.load,
             "dropped": stats.dropped,
-            "balance_loss": balance_loss(seen("balance"), ids, c.router_score),
-            "z_loss": z_loss(seen("balance")),
+            **self._followed(seen("balance"), live, ids, stats.load, replay or _LIVE, "stop_aux_gradient" in scope.freeze),
             **routing_stats.health(seen("selection"), c.experts_per_token),
         }
-        return y.reshape(x.shape), router
+        if any(scope.noise(site) for site in ROUTER_SITES):
+            exact = clean if not any(scope.noise(site) for site in ROUTER_SITES[1:]) else routing.router_logits(flat, self.router[...])
+            router |= routing_stats.flips(exact, seen("selection"), c.experts_per_token)
+        return y.reshape(x.shape), router | ({} if replay is None else replay.counts(live, ids, recorded))
+
+    def _followed(self, logits, live, used, load, rules: Replay, stopped: bool) -> dict:
+        """The router's losses and loads, each of its own choice or of the experts used. load: of the experts used."""
+        c = self.config
+
+        def by(rule: str, of_live, of_used):
+            value = of_live() if rule == "live" else of_used()
+            return jnp.zeros_like(value) if rule == "off" else value
+
+        logits = jax.lax.stop_gradient(logits) if stopped else logits
+        balance, z = (
+            (functools.partial(balance_loss, logits, ids, c.router_score) for ids in (live, used)),
+            functools.partial(z_loss, logits),
+        )
+        count = functools.partial(routing.expert_load, live, c.num_experts)
+        found = {
+            "balance_loss": by(rules.balance_loss, *balance),
+            "z_loss": by(rules.z_loss, z, z),
+            "load": by(rules.load, count, lambda: load),
+        }
+        return found | ({"bias_load": by(rules.selection_bias, count, lambda: load)} if c.selection_bias else {})
 
     def ids_on(self, x: Float[Array, "B S D"]) -> Int[Array, "B S K"]:
         """The experts this router would choose if it read x, which it was not made for: the usage that the seed study measured."""

@@ -19,7 +19,8 @@ from moe_jax.model.attention import Attention
 from moe_jax.model.bind import bind
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import MLP, RMSNorm, Scope, weight
-from moe_jax.model.moe import ROUTING_IDS, MoE
+from moe_jax.model.moe import ROUTING, MoE
+from moe_jax.replay import Replay
 
 
 class Block(nnx.Module):
@@ -31,12 +32,12 @@ class Block(nnx.Module):
         self.norm_moe = RMSNorm(config, config.d_model)
         self.feed_forward = MoE(config) if moe else MLP(config)
 
-    def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...]):
+    def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...], replay: Replay | None = None):
         """(x after the block, what its router did or {})."""
         entered = x
         x = x + scope.drop(self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope), "attention_output")
         read, routed = self._read_by_experts_and_router(x, scope)
-        y, router = self.feed_forward(read, scope, routed)
+        y, router = self.feed_forward(read, scope, routed, replay)
         if "residual_ids" in capture and isinstance(self.feed_forward, MoE):
             router["residual_ids"] = self.feed_forward.ids_on(entered)
         return x + scope.drop(y, "feed_forward_output"), router
@@ -95,9 +96,9 @@ def layer_plan(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
 
 
 def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
-    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture) -> (hidden, router).
+    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture, replay) -> (hidden, router).
 
-    The scope is that of what stands outside the layers; scales: per site of the layers, [L].
+    The scope is that of what stands outside the layers; scales: per site of the layers, [L]. replay: routes of all MoE layers, or None.
     """
     ends_specs, ends = bind(Ends(config))
     block_specs, blocks = {}, {}
@@ -110,11 +111,13 @@ def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
             repeat = functools.partial(ParamSpec.stacked, count=len(stack.layers))
             specs[stack.name] = jax.tree.map(repeat, block_specs[stack.moe], is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
 
-    def forward(params, tokens, positions, scope: Scope, scales: Mapping[str, Float[Array, "L"]], capture: tuple[str, ...]):
+    def forward(
+        params, tokens, positions, scope: Scope, scales: Mapping[str, Float[Array, "L"]], capture: tuple[str, ...], replay: Replay | None
+    ):
         def through_blocks(x):
             found = []
             for segment in plan:
-                x, outputs = _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture)
+                x, outputs = _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture, replay)
                 found.extend((stack.layers, output) for stack, output in zip(segment, outputs, strict=True) if output)
             return x, _in_layer_order(found)
 
@@ -124,19 +127,24 @@ def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
     return specs, forward
 
 
-def _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture):
+def _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture, replay):
     """x through one segment, and for each of its stacks what the routers did, with a leading axis of that stack's layers."""
 
     def step(x, per_layer):
         outputs = []
-        for stack, (layer_params, layer, layer_scales) in zip(segment, per_layer, strict=True):
-            x, output = blocks[stack.moe](layer_params, x, positions, scope.at(layer, layer_scales), capture)
+        for stack, (layer_params, layer, layer_scales, routes) in zip(segment, per_layer, strict=True):
+            x, output = blocks[stack.moe](layer_params, x, positions, scope.at(layer, layer_scales), capture, routes)
             outputs.append(output)
         return x, outputs
 
     step = remat(step, config.remat)
     per_layer = [
-        (params[stack.name], jnp.array(stack.layers, jnp.int32), {site: scale[jnp.array(stack.layers)] for site, scale in scales.items()})
+        (
+            params[stack.name],
+            jnp.array(stack.layers, jnp.int32),
+            {site: scale[jnp.array(stack.layers)] for site, scale in scales.items()},
+            _routes_of(config, stack, replay),
+        )
         for stack in segment
     ]
     if config.scan_layers:
@@ -148,9 +156,17 @@ def _through_segment(config, blocks, segment, params, x, positions, scope, scale
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
+def _routes_of(config: ModelConfig, stack: Stack, replay: Replay | None) -> Replay | None:
+    """The routes of one stack's layers, [layers, B, S, K]."""
+    if replay is None or not stack.moe:
+        return None
+    rows = np.array([config.moe_layers.index(layer) for layer in stack.layers])
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], replay)
+
+
 def remat(step: Callable, policy: str) -> Callable:
-    """The step with a policy of what its backward pass computes again; the chosen expert ids are saved under each."""
-    names = jax.checkpoint_policies.save_only_these_names(ROUTING_IDS)
+    """The step with a policy of what its backward pass computes again; the routing is saved under each."""
+    names = jax.checkpoint_policies.save_only_these_names(ROUTING)
     if policy == "none":
         return step
     if policy == "dots":

@@ -16,15 +16,22 @@ from moe_jax.train.state import Knobs, TrainState
 
 
 class Program:
-    """The jitted functions for a model, an optimizer and an objective. `compiled` counts how often each was traced for a new structure."""
+    """The jitted functions for a model, an optimizer and an objective. `compiled` counts how often each was traced for a new structure.
 
-    def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, objective: steps.Objective, mesh: Mesh | None = None):
+    record: the train step returns the routes that it took, as metrics["trace"].
+    """
+
+    def __init__(
+        self, model: ModelConfig, optimizer: OptimizerConfig, objective: steps.Objective, mesh: Mesh | None = None, record: bool = False
+    ):
         self.model = Model(model, mesh)
+        if "freeze_params" in objective.freeze:
+            optimizer = dataclasses.replace(optimizer, router="frozen")
         self.plan = plan(self.model.specs, optimizer)
         self.compiled: Counter[str] = Counter()
         self.init: Callable[[jax.Array], TrainState] = self._jit("init", lambda seed: steps.init_state(self.model, self.plan, seed))
         # the state is donated: its buffers become the new state's, which saves the memory and, on a CPU, the page faults
-        self.train = self._jit("train", steps.make_train_step(self.model, self.plan, objective), donate_argnums=0)
+        self.train = self._jit("train", steps.make_train_step(self.model, self.plan, objective, record), donate_argnums=0)
         self.evaluate_step = self._jit("evaluate", steps.make_evaluate_step(self.model))
 
     def _jit(self, name: str, function: Callable, **options: Any) -> Callable:

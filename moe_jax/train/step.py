@@ -4,6 +4,7 @@ A micro-batches, B sequences in one, S sequence length, L MoE layers, E experts.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_jax.errors import ConfigError
 from moe_jax.keys import Draw
 from moe_jax.model import Model
 from moe_jax.optim.plan import Plan
+from moe_jax.replay import check_freeze
 from moe_jax.train.state import Knobs, TrainState
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
@@ -23,11 +25,16 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised, besides the cross-entropy averaged over a micro-batch's tokens: static choices about the router's losses."""
+    """What is minimised, besides the cross-entropy averaged over a micro-batch's tokens: static choices about the routers."""
 
     layer_reduction: str = "sum"  # balance and z losses of the layers: "sum" (the seed) or "mean"
+    freeze: tuple[str, ...] = ()  # of replay.FREEZES: what of the routers stands still
+    bias_rate: float = 0.0  # the selection bias moves this far towards balance after each update (Wang et al. 2024), unless it is frozen
 
     def __post_init__(self):
+        object.__setattr__(self, "freeze", check_freeze(self.freeze))
+        if not 0 <= self.bias_rate < math.inf:
+            raise ConfigError(f"bias_rate must be finite and not negative, got {self.bias_rate}")
         if self.layer_reduction not in ("sum", "mean"):
             raise ConfigError(f"layer_reduction must be sum or mean, got {self.layer_reduction!r}")
 
@@ -47,12 +54,12 @@ def init_state(model: Model, plan: Plan, seed: jax.Array | int) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, plan.transformation().init(params))
 
 
-def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
+def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool = False) -> Callable:
     """step(state, batch, knobs) -> (state, metrics, flags).
 
-    batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches. metrics: (sum, count) pairs, and
-    "router/load" Float[L, E]. flags: Bool per parameter in path order, True where a gradient (or, in the last entry, the loss) is not
-    finite; if any is, the returned state is the one that was given.
+    batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches; perhaps a `replay`, cut into micro-batches.
+    metrics: (sum, count) pairs, "router/load" Float[L, E] and, to record, "trace": the RoutingTrace of the A*B rows. flags: Bool per parameter
+    in path order, True where a gradient (or, in the last entry, the loss) is not finite; if any is, the returned state is the one that was given.
     """
     transformation = plan.transformation()
 
@@ -60,10 +67,20 @@ def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
         def objective_of(params):
             rows = micro["tokens"].shape[0]
             draw = Draw(seed=knobs.noise_seed, step=step, phase="train", row_offset=index * rows)
-            total, metrics, out = model.loss(params, micro["tokens"], micro["targets"], noise=knobs.noise, draw=draw, train=True)
+            total, metrics, out = model.loss(
+                params,
+                micro["tokens"],
+                micro["targets"],
+                noise=knobs.noise,
+                draw=draw,
+                train=True,
+                capture=("trace",) if record else (),
+                replay=micro.get("replay"),
+                freeze=objective.freeze,
+            )
             found: dict[str, Any] = metrics | out.aux
-            if out.load is not None:
-                found["router/load"] = out.load
+            extra = {"router/load": out.load, "router/bias_load": out.bias_load, "trace": out.trace}
+            found |= {name: value for name, value in extra.items() if value is not None}
             return total / metrics["loss"][1] + objective.router_losses(out.aux, knobs), found
 
         return jax.grad(objective_of, has_aux=True)(params)
@@ -76,7 +93,7 @@ def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
             grads, metrics = _accumulate(lambda micro, index: micro_batch(state.params, micro, index, state.step, knobs), batch, count)
         flags = non_finite(grads, metrics["loss"][0])
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        params: Any = _move_bias(model, optax.apply_updates(state.params, updates), metrics.pop("router/bias_load", None), objective)
         moved = TrainState(state.step + 1, params, opt_state)
         # elementwise, so the compiler joins it to the update instead of passing over the state again
         kept = jax.tree.map(lambda new, old: jnp.where(flags.any(), old, new), moved, state)
@@ -86,16 +103,35 @@ def make_train_step(model: Model, plan: Plan, objective: Objective) -> Callable:
 
 
 def _accumulate(gradient: Callable, batch, count: int):
-    """Gradients averaged and metrics summed over the micro-batches, one at a time."""
+    """Gradients averaged and metrics summed over the micro-batches, one at a time; a trace is laid out as one batch."""
+
+    def of(item):
+        grads, metrics = gradient(*item)
+        return (grads, {name: value for name, value in metrics.items() if name != "trace"}), metrics.get("trace")
 
     def body(carry, item):
-        return jax.tree.map(jnp.add, carry, gradient(*item)), None
+        found, trace = of(item)
+        return jax.tree.map(jnp.add, carry, found), trace
 
     items = (batch, jnp.arange(count))
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], items))
+    shapes, _ = jax.eval_shape(of, jax.tree.map(lambda a: a[0], items))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (grads, metrics), _ = jax.lax.scan(body, zeros, items)
+    (grads, metrics), trace = jax.lax.scan(body, zeros, items)
+    if trace is not None:
+        ids, weights = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (trace.ids, trace.weights))
+        metrics["trace"] = routing.RoutingTrace(ids, weights, trace.layer_index[0])
     return jax.tree.map(lambda g: g / count, grads), metrics
+
+
+def _move_bias(model: Model, params, load: jax.Array | None, objective: Objective):
+    """The selection biases moved towards balance: up where an expert gets less than the mean load, down where it gets more."""
+    if load is None or not objective.bias_rate or "freeze_bias" in objective.freeze:
+        return params
+    flat = paths.flatten(params)
+    for path, layers in model.layers_of("selection_bias").items():
+        rows = load[jnp.array([model.config.moe_layers.index(layer) for layer in layers])]
+        flat[path] = flat[path] + objective.bias_rate * jnp.sign(rows.mean(-1, keepdims=True) - rows)
+    return paths.unflatten(flat)
 
 
 def non_finite(grads: dict[str, Any], loss: jax.Array) -> jax.Array:
@@ -132,7 +168,7 @@ def _with_derived(metrics, plan: Plan, grads, updates):
 def make_evaluate_step(model: Model) -> Callable:
     """evaluate(params, batch, knobs) -> metrics as (sum, count), with "router/load" and "router/residual_load" Float[L, E].
 
-    batch: tokens and targets Int32[B, S], weight Float32[B, S] (0 for padding), row_offset Int32, the number of the first window. No
+    batch: tokens and targets Int32[B, S], weight Float32[B, S] (0 for padding), row_offset Int32, the number of the first window, perhaps a `replay`. No
     dropout, no router losses; noise where the knobs' spec names the phase "eval". Loads and losses count the tokens of weight 1.
     """
     capture = ("trace", "residual_ids") if model.config.moe_layers else ()
@@ -144,8 +180,17 @@ def make_evaluate_step(model: Model) -> Callable:
 
     def evaluate(params, batch, knobs: Knobs):
         draw = Draw(seed=knobs.noise_seed, phase="eval", row_offset=batch["row_offset"])
-        _, sums, out = model.loss(params, batch["tokens"], batch["targets"], batch["weight"], noise=knobs.noise, draw=draw, capture=capture)
-        metrics: dict[str, Any] = dict(sums)
+        _, sums, out = model.loss(
+            params,
+            batch["tokens"],
+            batch["targets"],
+            batch["weight"],
+            noise=knobs.noise,
+            draw=draw,
+            capture=capture,
+            replay=batch.get("replay"),
+        )
+        metrics: dict[str, Any] = dict(sums) | {name: value for name, value in out.aux.items() if name.startswith("replay/")}
         if out.trace is not None:
             metrics |= {
                 "router/load": loads(out.trace.ids, batch["weight"]),
