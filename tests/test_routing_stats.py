@@ -53,7 +53,7 @@ def close(found, expected, **tolerance):
 
 @pytest.mark.parametrize("k", [1, 3, E])
 def test_health_against_numpy(k):
-    logits = 2 * normal(k, T, E) + 5
+    logits = 2 * normal(k, T, E) + jnp.where(jnp.arange(T) < 25, 5.0, -3.0)[:, None]
     exact = np.asarray(logits, np.float64)
     p = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
     ranked = -np.sort(-exact, axis=-1)
@@ -190,12 +190,12 @@ def test_prediction_from_margins_is_near_what_happens():
 
 
 @pytest.mark.parametrize("spread", [(0.3, 0.3), (0.05, 0.5), (0.0, 0.4)])
-@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("offset", [0.0, 50000.0])
 def test_predicted_flips_of_two_experts_is_closed(spread, offset):
     margins = np.linspace(0.0, 2.0, 21)
     logits = np.stack([offset + margins, np.full(21, offset)], -1).astype(np.float32)
     exact = [phi(-(a - b) / math.hypot(*spread)) for a, b in logits.astype(np.float64)]
-    small = 1e-12 if min(spread) else 1e-8  # a step beside a wide peak keeps fewer digits
+    small = 1e-12 if min(spread) else 1e-7  # a step beside a wide peak keeps fewer digits
     with jax.debug_nans(True):
         for flip in (slice(None), slice(None, None, -1)):
             found = predicted_flips(jnp.asarray(logits[:, flip]), jnp.array(spread[flip]), 1)
