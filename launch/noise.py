@@ -54,6 +54,10 @@ _PHASE = flags.DEFINE_enum(
     "Measure in this phase; none means train, or the first in which the spec acts.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters, data order and noise; --set init_seed= and the like part them.", lower_bound=0)
+_REPLAY = flags.DEFINE_string(
+    "replay", None, "Routes of launch.record: both passes take those of its first step, which must be of this batch."
+)
+_REPLAY_WHAT = flags.DEFINE_enum("replay_what", "ids", ["ids", "ids+weights"], "What of them.")
 _SET = define_set()
 
 
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> None:
     config, batch, text = _batch()
     print("measuring on the batch; two programs to compile", file=sys.stderr, flush=True)
     try:
-        explained = explain(spec, config, batch, text, _PHASE.value, _PRESET.value)
+        explained = explain(spec, config, batch, text, _PHASE.value, _PRESET.value, _routes(config, batch["tokens"]))
     except NotImplementedError as error:  # a dispatch that this platform does not have
         raise ConfigError(str(error)) from error
     print(f"noise   {_NOISE.value}\n{explained}")
@@ -79,12 +83,18 @@ def make_config(source: str) -> "Config":
     from moe_jax.train.data import DataConfig
 
     model = ModelConfig.preset(_PRESET.value)
-    known = {260: "bytes", 49_152: "smollm2"}
-    tokenizer = "bytes" if source == "synthetic" else known.get(model.vocab_size, f"bpe:{model.vocab_size}")
-    length = _SEQ_LEN.value or min(512, model.max_seq_len)
-    data = DataConfig(source=source, tokenizer=tokenizer, seq_len=length, batch_size=_BATCH.value)
+    data = DataConfig.fitting(source, model.vocab_size, _SEQ_LEN.value or min(512, model.max_seq_len), batch_size=_BATCH.value)
     seed = _SEED.value
     return apply_overrides(Config(model, data, seed, seed, seed), _SET.value)
+
+
+def _routes(config: "Config", tokens: "np.ndarray"):
+    """The replay that the flags ask for, or None."""
+    if _REPLAY.value is None:
+        return None
+    from moe_jax.train.record import Routes
+
+    return Routes(_REPLAY.value, config.model, *tokens.shape, _REPLAY_WHAT.value).of(0, tokens)
 
 
 def _batch() -> tuple["Config", dict[str, "np.ndarray"], str]:

@@ -19,6 +19,7 @@ from moe_jax.model import Model, ModelConfig
 from moe_jax.model.layers import Scope
 from moe_jax.noise import Noise, Operator
 from moe_jax.noise import sites as names
+from moe_jax.replay import Replay
 
 
 class Tally:
@@ -92,7 +93,7 @@ class MeasuredOperator(Operator):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("key", "fixed", "layer", "tokens", "scales"),
-    meta_fields=("sites", "dropout", "tally"),
+    meta_fields=("sites", "dropout", "freeze", "tally"),
 )
 @dataclasses.dataclass(frozen=True)
 class MeasuredScope(Scope):
@@ -121,8 +122,8 @@ class MeasuredModel(Model):
         super().__init__(config.replace(remat="none"))
         self._tally = tally
 
-    def _scope(self, tokens, noise, draw, train):
-        scope, scales = super()._scope(tokens, noise, draw, train)
+    def _scope(self, *args):
+        scope, scales = super()._scope(*args)
         return MeasuredScope(**_fields(scope), tally=self._tally), scales
 
 
@@ -138,17 +139,20 @@ class Measurement:
     loss: float  # clean, mean over tokens in nats
     noisy_loss: float
     logits: np.ndarray | None  # [L, B, S, E] of the clean network; None for a dense model
-    changed: np.ndarray | None  # Bool[L, B, S]
+    changed: np.ndarray | None  # Bool[L, B, S]; all False where routes are replayed
 
 
-def measure(config: ModelConfig, params, batch, noise: Noise, draw: Draw) -> Measurement:
-    """Runs the batch (tokens and targets Int[B, S]) clean and noisy; the backward pass too, in the phase train, if a site names gradients."""
+def measure(config: ModelConfig, params, batch, noise: Noise, draw: Draw, replay: Replay | None = None) -> Measurement:
+    """Runs the batch (tokens and targets Int[B, S]) clean and noisy; the backward pass too, in the phase train, if a site names gradients.
+
+    replay: routes that both passes take.
+    """
     tally, capture = Tally(), ("trace", "router_logits") if config.moe_layers else ()
     acting = noise.in_phase(draw.phase)
     backward = draw.phase == "train" and acting is not None and any(set(site.passes) - {"forward"} for _, site in acting.structure)
 
     def mean_loss(params, model: Model, noise):
-        total, _, out = model.loss(params, batch["tokens"], batch["targets"], noise=noise, draw=draw, capture=capture)
+        total, _, out = model.loss(params, batch["tokens"], batch["targets"], noise=noise, draw=draw, capture=capture, replay=replay)
         return total / batch["targets"].size, (out.trace.ids if out.trace else None, out.router_logits)
 
     def noisy_pass(params):

@@ -15,6 +15,7 @@ from moe_jax.model import Model, ModelConfig
 from moe_jax.noise import Noise, NoiseSpec, SiteNoise
 from moe_jax.noise import sites as names
 from moe_jax.noise.formats import FORMATS
+from moe_jax.replay import Replay
 from moe_jax.train.data import DataConfig
 
 _SHORT = {"forward": "y", "grad_input": "dX", "grad_weight": "dW"}
@@ -266,8 +267,11 @@ def effect(found: Measurement, config: ModelConfig) -> list[str]:
     return [*lines, f"first change    {f'in layer {layers[0]}' if layers else 'none: every token went to the same experts in every layer'}"]
 
 
-def explain(spec: NoiseSpec, config: Config, batch, text: str, phase: str | None = None, name: str = "") -> str:
-    """The whole explanation. batch: tokens and targets Int[B, S]; text: where they come from; phase: default train if the spec acts there."""
+def explain(
+    spec: NoiseSpec, config: Config, batch, text: str, phase: str | None = None, name: str = "", replay: Replay | None = None
+) -> str:
+    """The whole explanation. batch: tokens and targets Int[B, S]; text: where they come from; phase: default train if the spec acts there; replay: routes
+    that the clean and the noisy pass take."""
     noise, model = config.model.resolve(spec), Model(config.model)
     used = [name for name in PHASES if noise.in_phase(name)]
     phase = phase or next(iter([name for name in used if name == "train"] or used), "train")
@@ -278,7 +282,8 @@ def explain(spec: NoiseSpec, config: Config, batch, text: str, phase: str | None
     lines = [
         f"model   {name}: {model.parameter_count():,} parameters, fresh from seed {config.init_seed}; {shape.num_layers} layers{routing}",
         f"batch   {rows} x {length} = {rows * length:,} tokens of {text}",
-        f"phase   {phase}, step {config.step}, noise seed {config.noise_seed}; dropout off",
+        f"phase   {phase}, step {config.step}, noise seed {config.noise_seed}; dropout off"
+        + ("; routes replayed, so that noise moves none" if replay else ""),
         "",
         "What is hit",
         *words(spec, shape),
@@ -287,7 +292,7 @@ def explain(spec: NoiseSpec, config: Config, batch, text: str, phase: str | None
         where = f"it acts in {_listed(used)}" if used else "it is empty"
         return "\n".join([*lines, "", f"In the phase {phase} nothing acts ({where}): its program is that of a model without noise."])
     draw = Draw(jnp.uint32(config.noise_seed), jnp.uint32(config.step), phase)
-    found = measure(shape, model.init(config.init_seed), batch, noise, draw)
+    found = measure(shape, model.init(config.init_seed), batch, noise, draw, replay)
     lines += ["", f"How often, and how large: one step in the phase {phase}", *errors_table(found.tally, acting, rows * length)]
     if phase != "train" and any(set(site.passes) - {"forward"} for name, site in acting.structure if name not in names.VALUES):
         lines.append("(no gradient is computed in this phase, so dX and dW draw nothing)")

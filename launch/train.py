@@ -2,6 +2,7 @@
 
   python -m launch.train --preset=tiny --data=synthetic --steps=200 --workdir=runs/tiny
   python -m launch.train --preset=quick --data=wiki --steps=500 --noise=router_logits=additive:0.1 --workdir=runs/noisy
+  python -m launch.train --preset=quick --start=runs/clean --replay=routes/clean --noise=matmuls=relative:0.05 --workdir=runs/held
 
 Writes config.json, versions.json, command.txt, metrics.jsonl and checkpoints into the workdir and prints the final evaluation.
 Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and resumable.
@@ -20,6 +21,15 @@ _DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --lis
 _STEPS = flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…][:layers=…], comma-separated, e.g. router_logits=additive:0.1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Initial weights, data order and draws; --set init_seed= and the like part them.", lower_bound=0)
+_START = flags.DEFINE_string("start", "", "A run folder whose parameters are the first; the optimizer begins anew.")
+_REPLAY = flags.DEFINE_string(
+    "replay", "", "Routes of launch.record to take instead of the routers' choice, those of the update's own batch."
+)
+_REPLAY_WHAT = flags.DEFINE_enum("replay_what", "ids", ["ids", "ids+weights"], "What of them; with weights the router gets no gradient.")
+_RECORD = flags.DEFINE_string("record", "", "A folder to record the routes of every update into.")
+_FREEZE = flags.DEFINE_list(
+    "freeze", [], "Of the routers: freeze_params, stop_gate_gradient, stop_aux_gradient, freeze_bias, comma-separated."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Needed unless --dry_run.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the config, the parameters and the optimizer table; write nothing.")
 _SET = define_set()
@@ -43,16 +53,16 @@ def make_config():
     from moe_jax.model import ModelConfig
     from moe_jax.optim.plan import OptimizerConfig
     from moe_jax.train.data import DataConfig
-    from moe_jax.train.loop import RunConfig
+    from moe_jax.train.run_config import RunConfig
+    from moe_jax.train.step import Objective
 
     model = ModelConfig.preset(_PRESET.value)
-    known = {260: "bytes", 49_152: "smollm2"}
-    data = DataConfig(
-        source=_DATA.value, tokenizer=known.get(model.vocab_size, f"bpe:{model.vocab_size}"), seq_len=min(128, model.max_seq_len)
-    )
+    data = DataConfig.fitting(_DATA.value, model.vocab_size, min(128, model.max_seq_len))
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
     config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))
+    routes = {"start": _START.value, "replay": _REPLAY.value, "replay_what": _REPLAY_WHAT.value, "record": _RECORD.value}
+    config = dataclasses.replace(config, **routes, objective=Objective(freeze=tuple(_FREEZE.value)))
     config = dataclasses.replace(config, init_seed=_SEED.value, data_seed=_SEED.value, noise_seed=_SEED.value)
     return apply_overrides(config, _SET.value)
 
@@ -61,12 +71,11 @@ def _describe(config) -> None:
     import json
 
     from moe_jax.config_tools import config_dict
-    from moe_jax.model import Model
-    from moe_jax.optim.plan import plan
 
-    model = Model(config.model)
+    program = config.program()
+    model = program.model
     print(json.dumps(config_dict(config), indent=2))
-    print(plan(model.specs, config.optimizer).table())
+    print(program.plan.table())
     print(f"{model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token")
 
 

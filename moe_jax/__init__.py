@@ -15,9 +15,30 @@ _WHERE = {
     "SiteNoise": "moe_jax.noise",
     "RoutingDecision": "moe_jax.routing",
     "RoutingTrace": "moe_jax.routing",
+    "Replay": "moe_jax.replay",
+    "TraceInfo": "moe_jax.trace_store",
+    "TraceReader": "moe_jax.trace_store",
+    "TraceWriter": "moe_jax.trace_store",
+    "read_trace": "moe_jax.trace_store",
+    "write_trace": "moe_jax.trace_store",
+    "load_model": "moe_jax.train.saved",
     "MeshSpec": "moe_jax.mesh",
 }
-_MODULES = ("dispatch", "experts", "keys", "losses", "mesh", "model", "noise", "optim", "routing", "routing_stats", "studies", "train")
+_MODULES = (
+    "dispatch",
+    "experts",
+    "keys",
+    "losses",
+    "mesh",
+    "model",
+    "noise",
+    "optim",
+    "routing",
+    "routing_stats",
+    "sensitivity",
+    "studies",
+    "train",
+)
 
 __all__ = [*_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

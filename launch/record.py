@@ -1,0 +1,72 @@
+"""Records which experts a model chooses over a text, for --replay: a clean pass of a checkpoint is the reference that noise is held against.
+
+  python -m launch.record --model=runs/quick --steps=200 --out=routes/reference
+  python -m launch.train --preset=quick --start=runs/quick --steps=200 --noise=matmuls=relative:0.05 --replay=routes/reference --workdir=runs/held
+
+The routes are those of the batches that launch.train reads in its first --steps updates with the same text, --seed and sizes (or of the
+validation windows), without dropout, and without noise unless --noise asks for it. Experts and weights are stored (--ids_only: experts), with
+the tokens, so that a replay over other text is refused. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
+"""
+
+from absl import flags
+
+from launch.common import apply_overrides, define_set, run
+from moe_jax.errors import ConfigError
+
+_MODEL = flags.DEFINE_string("model", None, "A run folder of launch.train, or a preset (fresh parameters).", required=True)
+_OUT = flags.DEFINE_string("out", None, "The folder of the routes. Needed unless --dry_run.")
+_STEPS = flags.DEFINE_integer("steps", 200, "Updates whose batches are passed, or batches of validation windows.", lower_bound=1)
+_SPLIT = flags.DEFINE_enum("split", "train", ["train", "validation"], "Which text.")
+_DATA = flags.DEFINE_string("data", None, "Text, as for launch.train; none means that of the run, or wiki.")
+_SEED = flags.DEFINE_integer("seed", None, "The data's order and the noise's draws; none means the run's, or 0.", lower_bound=0)
+_NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…], as for launch.train; none means clean.")
+_IDS_ONLY = flags.DEFINE_boolean("ids_only", False, "Store experts without weights: an eighth to a quarter of the size.")
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the text, the sizes and what would be written; write nothing.")
+_SET = define_set()
+
+
+def main(argv: list[str]) -> None:
+    """Makes the data, passes it through the model, says what was written."""
+    from moe_jax.model import Model
+    from moe_jax.noise import NoiseSpec
+    from moe_jax.train.data import DataConfig, build
+    from moe_jax.train.record import record, trace_info
+    from moe_jax.train.saved import load_model
+
+    saved = load_model(_MODEL.value)
+    fresh = DataConfig.fitting(_DATA.value or "wiki", saved.config.vocab_size, min(128, saved.config.max_seq_len))
+    text = saved.run.data if saved.run is not None and _DATA.value is None else fresh
+    text = apply_overrides(text, _SET.value)
+    seed = (saved.run.data_seed if saved.run else 0) if _SEED.value is None else _SEED.value
+    noise = NoiseSpec.parse(_NOISE.value) if _NOISE.value else None
+    if noise is not None:
+        saved.config.resolve(noise)
+    data = build(text, seed)
+    rows = text.accumulation * text.batch_size if _SPLIT.value == "train" else text.batch_size
+    info = trace_info(saved.config, data, rows, "reference", not _IDS_ONLY.value)
+    tokens = _STEPS.value * rows * text.seq_len
+    print(
+        f"{_STEPS.value} steps of {rows} x {text.seq_len} tokens of {text.source} ({_SPLIT.value}), seed {seed}, {noise or 'no noise'}; "
+        f"{len(info.layers)} routing layers, {info.top_k} of {info.num_experts} experts"
+    )
+    print(f"{info.bytes_per_token} bytes of experts a token, {info.bytes_per_token * tokens / 1e6:,.1f} MB in all before compression")
+    if _DRY_RUN.value:
+        return
+    if not _OUT.value:
+        raise ConfigError("--out is needed: the folder that the routes go into")
+    record(
+        Model(saved.config),
+        saved.params,
+        data,
+        _OUT.value,
+        _STEPS.value,
+        noise=noise,
+        weights=info.weights,
+        split=_SPLIT.value,
+        noise_seed=seed,
+    )
+    print(f"routes: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    run(main)
