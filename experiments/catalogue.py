@@ -5,7 +5,7 @@ import importlib
 from moe_jax.errors import ConfigError, nearest
 from moe_jax.studies.run import Experiment
 
-EXPERIMENTS = ("noise_factorial", "noise_sites")
+EXPERIMENTS = ("noise_factorial", "noise_sites", "replay_freeze")
 
 
 def load(name: str) -> Experiment:

@@ -34,6 +34,9 @@ class Experiment:
     design: Design
     config: Callable[[Mapping[str, Any], int], RunConfig]  # (cell, seed) -> the run
     cost: str  # measured or expected cost, in words
+    prepare: Callable[["Workshop", RunConfig], RunConfig] | None = (
+        None  # called before a run: makes what runs share, once, and says where it is
+    )
 
     def configs(self) -> list[RunConfig]:
         return [self.config(cell, seed) for cell, seed in self.design.runs()]
@@ -70,13 +73,14 @@ def run_study(
     began = time.monotonic()
     ledger = Ledger.open(workdir, experiment.design)
     waiting = todo(ledger, retry_failed)
-    shared = _Shared()
+    shared = Workshop(workdir.absolute(), stop)
     failed = 0
     configs = [experiment.config(cell, seed) for cell, seed in waiting]
     with Progress(sum(config.updates for config in configs), label=experiment.name) as progress:
         base = 0
         for (cell, seed), config in zip(waiting, configs, strict=True):
             folder = workdir / "cells" / cell_name(cell, seed)
+            config = experiment.prepare(shared, config) if experiment.prepare else config
             row, error = _one(experiment, config, cell, seed, folder, shared, _Part(progress, base), stop)
             ledger.append(row)
             if error is not None:
@@ -88,7 +92,7 @@ def run_study(
     return Outcome(len(waiting) - failed, failed, shared.compiled(), time.monotonic() - began)
 
 
-def _one(experiment, config, cell, seed, folder, shared: "_Shared", progress, stop) -> tuple[Run, Exception | None]:
+def _one(experiment, config, cell, seed, folder, shared: "Workshop", progress, stop) -> tuple[Run, Exception | None]:
     """The run's row, and the error to raise once the row is in the ledger."""
     began = time.monotonic()
     data = shared.data(config)
@@ -103,7 +107,7 @@ def _one(experiment, config, cell, seed, folder, shared: "_Shared", progress, st
         return row, None if isinstance(error, NonFinite) else error
     wanted = [metric.name for metric in experiment.design.metrics]
     metrics = {name: value for name, value in result.metrics.items() if name in wanted}
-    keep = ("train/loss", "eval/loss", "router/load_cv", "optimizer/gradient_norm")
+    keep = ("train/loss", "eval/loss", "router/load_cv", "router/flips", "replay/set_overlap", "optimizer/gradient_norm")
     series = {name: values for name, values in result.series.items() if name in keep}
     arrays = {"load": result.load} if result.load else {}
     return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where), None
@@ -115,10 +119,11 @@ def cell_name(cell: Mapping[str, Any], seed: int) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([*parts, f"seed-{seed}"]))
 
 
-class _Shared:
-    """What runs have in common: the text, and one program for each structure."""
+class Workshop:
+    """What the runs of a study have in common: its folder, when to stop, the text, and one program for each structure."""
 
-    def __init__(self):
+    def __init__(self, folder: Path, stop: Callable[[], bool] = lambda: False):
+        self.folder, self.stop = folder, stop
         self._programs: dict[tuple, Program] = {}
         corpus = functools.cache(load_corpus)
         self._data = functools.lru_cache(maxsize=1)(lambda data, seed: build(data, seed, corpus=corpus(data)))  # runs go seed by seed

@@ -63,6 +63,13 @@ class DataConfig:
         if not texts.is_path(self.source) and find(self.source).kind != "text":
             raise ConfigError(f"source {self.source!r} holds {find(self.source).kind}, not text")
 
+    @classmethod
+    def fitting(cls, source: str, vocab_size: int, seq_len: int, **changes: Any) -> "DataConfig":
+        """A text with a tokenizer for a vocabulary of this size; made-up text always has bytes, so that nothing is fetched for it."""
+        known = {260: "bytes", 49_152: "smollm2"}
+        tokenizer = "bytes" if source == "synthetic" else known.get(vocab_size, f"bpe:{vocab_size}")
+        return cls(source, tokenizer, seq_len, **changes)
+
     def replace(self, **changes: Any) -> "DataConfig":
         """A copy with other values, validated again."""
         return replace(self, **changes)

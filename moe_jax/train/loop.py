@@ -18,72 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import paths
+from moe_jax.config_tools import differences, digest
 from moe_jax.errors import ConfigError, NonFinite, Stopped
-from moe_jax.model import ModelConfig
-from moe_jax.noise import NoiseSpec
-from moe_jax.optim.plan import OptimizerConfig
+from moe_jax.trace_store import TraceWriter
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.data import Data, DataConfig
+from moe_jax.train.data import Data
 from moe_jax.train.program import Program, off
+from moe_jax.train.record import Routes, trace_info
+from moe_jax.train.run_config import RunConfig
 from moe_jax.train.run_folder import some
-from moe_jax.train.state import Knobs, TrainState
-from moe_jax.train.step import Objective
+from moe_jax.train.saved import load_model
+from moe_jax.train.state import TrainState
 from moe_jax.train.writers import MetricsWriter, Progress, read_metrics
 
 Series = dict[str, list[list[float]]]  # name -> [[step, value], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides the numbers of one run."""
-
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    objective: Objective = Objective()
-    updates: int = 100
-    noise: str = ""  # a NoiseSpec in its grammar, e.g. router_logits=additive:0.1:phases=train
-    balance_weight: float = 0.01
-    z_weight: float = 0.0
-    init_seed: int = 0
-    data_seed: int = 0
-    noise_seed: int = 0  # of noise and dropout
-    eval_every: int = 0  # updates between evaluations; 0: once, at the end
-    eval_batch: int = 32  # windows at a time
-    loss_windows: int | None = None  # an evaluation's loss is over the first so many windows; None: all. Expert usage is over all
-    log_every: int = 1  # updates between rows of metrics.jsonl
-    checkpoint_every: int = 0  # updates between checkpoints, and one at the end; 0: none
-
-    def __post_init__(self):
-        for field, least in (("updates", 1), ("eval_every", 0), ("eval_batch", 1), ("log_every", 1), ("checkpoint_every", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} must be at least {least}, got {getattr(self, field)}")
-        for field in ("balance_weight", "z_weight"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be finite and not negative, got {getattr(self, field)}")
-        for field in ("init_seed", "data_seed", "noise_seed"):
-            if not 0 <= getattr(self, field) < 1 << 32:
-                raise ConfigError(f"{field} must be from 0 to 2**32 - 1, got {getattr(self, field)}")
-        if self.data.seq_len > self.model.max_seq_len:
-            raise ConfigError(f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
-        if self.loss_windows is not None and (self.loss_windows < 1 or self.loss_windows % self.eval_batch):
-            raise ConfigError(f"loss_windows={self.loss_windows} must be a positive multiple of eval_batch={self.eval_batch}")
-        self.model.resolve(NoiseSpec.parse(self.noise))
-
-    def knobs(self) -> Knobs:
-        """The values that the compiled program takes."""
-        spec = NoiseSpec.parse(self.noise)
-        noise = self.model.resolve(spec) if spec.sites else None
-        return Knobs(noise, jnp.uint32(self.noise_seed), jnp.float32(self.balance_weight), jnp.float32(self.z_weight))
-
-    def program(self) -> Program:
-        return Program(self.model, self.optimizer, self.objective)
-
-    def structure(self) -> tuple:
-        """What a program depends on: runs with equal structures share one compilation."""
-        noise = self.knobs().noise
-        shape = (self.data.accumulation, self.data.batch_size, self.data.seq_len, self.eval_batch)
-        return self.model, self.optimizer, self.objective, shape, None if noise is None else noise.structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,23 +71,44 @@ def run(
     state, start = program.init(jnp.uint32(config.init_seed)), 0
     if checkpoints is not None and checkpoints.latest() is not None:
         state, _, start = checkpoints.restore(state)
-    with nullcontext() if folder is None else MetricsWriter(folder) as writer:
-        recorder = _Recorder(writer, start, config.log_every)
+    elif config.start:
+        state = dataclasses.replace(state, params=_parameters(config))
+    with nullcontext() if folder is None else MetricsWriter(folder) as writer, _routes_writer(config, data) as routes:
+        recorder = _Recorder(writer, start, config.log_every, routes)
         state = _train(config, program, data, state, start, checkpoints, recorder, progress, stop)
         _evaluate(config, program, data, state, config.updates, recorder)
     return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
 
+def _parameters(config: RunConfig) -> dict[str, Any]:
+    """The parameters of the run that this one starts from."""
+    saved = load_model(config.start)
+    if changed := differences(saved.config, config.model):
+        raise ConfigError(f"the model in {config.start} is another one than this run's: {some(changed, 8)}")
+    return saved.params
+
+
+def _routes_writer(config: RunConfig, data: Data) -> Any:
+    """Where the routes of the updates go, or a context without one."""
+    if not config.record:
+        return nullcontext()
+    weights, rows = config.record_what == "ids+weights", config.data.accumulation * config.data.batch_size
+    return TraceWriter(config.record, trace_info(config.model, data, rows, "self", weights, config=digest(config)))
+
+
 def _train(config, program, data, state, start, checkpoints, recorder, progress, stop) -> TrainState:
-    names, knobs = [*paths.flatten(program.model.specs), "the loss"], config.knobs()
-    tokens = config.data.accumulation * config.data.batch_size * config.data.seq_len
-    drain = functools.partial(_drain, recorder, progress, names, tokens)
+    names, knobs = [*paths.flatten(program.model.specs), "the loss"], functools.cache(config.knobs)
+    rows, length, batches = config.data.accumulation * config.data.batch_size, config.data.seq_len, data.batches(start)
+    if config.replay:
+        batches = Routes(config.replay, config.model, rows, length, config.replay_what).beside(batches, start, config.updates)
+    drain = functools.partial(_drain, recorder, progress, names, rows * length)
     pending = None  # the step whose numbers are still on the device: it is read after the next one has been dispatched
-    with closing(data.batches(start)) as batches:
+    with closing(batches):
         for done in range(start + 1, config.updates + 1):
-            state, metrics, flags = program.train(state, next(batches), knobs)
+            batch = next(batches)
+            state, metrics, flags = program.train(state, batch, knobs(config.stage(done - 1)))
             drain(pending)
-            pending, stopping = (done, metrics, flags), stop()
+            pending, stopping = (done, metrics, flags, batch["tokens"]), stop()
             saving = checkpoints is not None and (stopping or done == config.updates or done % config.checkpoint_every == 0)
             evaluating = config.eval_every and done % config.eval_every == 0 and done < config.updates
             if saving or evaluating or stopping:
@@ -148,7 +117,8 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
             if evaluating:
                 _evaluate(config, program, data, state, done, recorder)
             if checkpoints is not None and saving:
-                recorder.writer.flush()
+                for writer in filter(None, (recorder.writer, recorder.routes)):
+                    writer.flush()  # no checkpoint is ahead of its metrics and routes
                 checkpoints.save(done, state)
             if stopping and done < config.updates:
                 where = f"saved; the same command goes on from update {done}" if saving else "not saved: checkpoint_every is 0"
@@ -161,7 +131,8 @@ def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], t
     """Brings one step's numbers to the host, checks and records them."""
     if pending is None:
         return
-    done, metrics, flags = pending
+    done, metrics, flags, text = pending
+    trace = metrics.pop("trace", None)
     host, bad = jax.device_get((metrics, flags))
     if bad.any():
         where = [name for name, flag in zip(names, bad, strict=True) if flag]
@@ -169,10 +140,12 @@ def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], t
             f"update {done} was refused: not finite in the gradient of {some(where, 4, ', ')}; the parameters of update {done - 1} are intact "
             "(lower the learning rate or the noise, or look at the batch)"
         )
-    row = {name: _ratio(value) for name, value in host.items() if name != "router/load"}
+    if recorder.routes is not None:
+        recorder.routes.write(done - 1, trace, text.reshape(-1, text.shape[-1]))
+    row = {name: _ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
     recorder.add(done, {f"train/{name}" if "/" not in name else name: value for name, value in row.items()})
     if progress is not None:
-        progress.update(done, {"loss": row["loss"]}, tokens)
+        progress.update(done, {name: row[name] for name in ("loss", "router/load_cv", "router/flips") if name in row}, tokens)
 
 
 def _ratio(pair) -> float:
@@ -188,8 +161,9 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
     if counted < len(batches):
         rest = program.evaluate(state.params, batches[counted:], off(knobs))
         sums = jax.tree.map(np.add, sums, rest)
-    if knobs.noise is not None and knobs.noise.in_phase("eval") is not None:
-        noisy = any(np.asarray(scale).any() for scale in knobs.noise.scales.values())
+    acting = None if knobs.noise is None else knobs.noise.in_phase("eval")
+    if acting is not None:
+        noisy = any(np.asarray(scale).any() for scale in acting.scales.values())
         row["eval/loss_noisy"] = _ratio(program.evaluate(state.params, batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
     if "router/load" in sums:
         load = sums["router/load"]
@@ -203,6 +177,10 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
             "eval/dead_experts": float((load == 0).sum()),
         }
         recorder.load = (load / load.sum(-1, keepdims=True)).tolist()
+    if config.compare:
+        routes = Routes(config.compare, config.model, config.eval_batch, config.data.seq_len)
+        along = [{**batch, "replay": routes.of(index, batch["tokens"])} for index, batch in enumerate(batches)]
+        row["eval/reference_overlap"] = _ratio(program.evaluate(state.params, along, off(knobs))["replay/set_overlap"])
     recorder.add(done, row, always=True)
 
 
@@ -234,8 +212,8 @@ def peak_memory_gb() -> float:
 class _Recorder:
     """The rows of a run: in memory, and in metrics.jsonl when there is a folder; a resumed run starts from the rows it had."""
 
-    def __init__(self, writer: MetricsWriter | None, start: int, every: int):
-        self.writer, self._every = writer, every
+    def __init__(self, writer: MetricsWriter | None, start: int, every: int, routes: TraceWriter | None):
+        self.writer, self.routes, self._every = writer, routes, every
         self.rows: list[dict[str, Any]] = []
         self.load: list[list[float]] = []
         if writer is not None:

@@ -78,8 +78,8 @@ def test_a_failure_is_kept_and_not_repeated(smoke, tmp_path, monkeypatch):
     small = dataclasses.replace(smoke, design=design)
     real = loop.RunConfig.knobs
 
-    def poisoned(self):
-        knobs = real(self)
+    def poisoned(self, update=0):
+        knobs = real(self, update)
         bad = self.balance_weight == 0.0 and self.init_seed == 42
         return dataclasses.replace(knobs, noise=knobs.noise.scaled(math.nan)) if bad else knobs
 

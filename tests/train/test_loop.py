@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.errors import CheckpointError, ConfigError, NonFinite, Stopped
+from moe_jax.errors import CheckpointError, ConfigError, NonFinite, Stopped, TraceError
 from moe_jax.model import ModelConfig
 from moe_jax.optim.plan import OptimizerConfig
+from moe_jax.trace_store import TraceReader
 from moe_jax.train import loop
 from moe_jax.train.data import DataConfig, build
 from moe_jax.train.loop import RunConfig, run
+from moe_jax.train.record import record
+from moe_jax.train.saved import load_model
 
 CONFIG = RunConfig(
     model=ModelConfig.preset("tiny", num_layers=1, d_model=16, d_expert=16, dropout=0.1),
@@ -106,8 +109,8 @@ def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(program, d
     before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
 
     class Poisoned(RunConfig):
-        def knobs(self):
-            knobs = super().knobs()
+        def knobs(self, update=0):
+            knobs = super().knobs(update)
             return dataclasses.replace(knobs, noise=knobs.noise.scaled(math.nan))
 
     values = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
@@ -167,3 +170,131 @@ def test_perplexity_is_cut_like_the_seeds():
     assert loop.perplexity(1.0) == pytest.approx(math.e)
     assert loop.perplexity(50.0) == math.exp(20.0)
     assert loop.peak_memory_gb() > 0 and jax.devices()
+
+
+# --- where a run begins, what it replays and records, AQN ---------------------------------------------------------------------------
+
+SECOND = dataclasses.replace(CONFIG, model=CONFIG.model.replace(dropout=0.0), eval_every=0)
+
+
+@pytest.fixture(scope="module")
+def second():
+    """The programs of runs that begin where another ended: by structure, as a study keeps them."""
+    programs = {}
+
+    def of(config):
+        return programs.setdefault(config.structure(), config.program())
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def first(second, data, tmp_path_factory):
+    """A finished run without dropout, whose every update's routes were recorded."""
+    folder = tmp_path_factory.mktemp("first")
+    config = dataclasses.replace(SECOND, record=str(folder / "routes"), record_what="ids+weights")
+    return folder, run(config, second(config), data, folder)
+
+
+def test_a_run_begins_with_the_parameters_of_another(first, second, data, tmp_path):
+    """Its first loss is that of those parameters; its optimizer is fresh; its own checkpoint wins over `start` in a resume."""
+    folder, _ = first
+    config = dataclasses.replace(SECOND, start=str(folder), updates=3, checkpoint_every=2, noise="")
+    result = run(config, second(config), data, tmp_path)
+    params = load_model(folder).params
+    program = second(config)
+    state = dataclasses.replace(program.init(np.uint32(0)), params=params)
+    _, metrics, _ = program.train(state, next(data.batches()), config.knobs())
+    assert result.series["train/loss"][0][1] == pytest.approx(float(metrics["loss"][0] / metrics["loss"][1]), rel=1e-6)
+    fresh = dataclasses.replace(config, start="", updates=1, checkpoint_every=0)
+    assert run(fresh, program, data).series["train/loss"][0][1] > result.series["train/loss"][0][1] + 0.05
+    assert int(load_model(tmp_path).step) == 3 and run(config, program, data, tmp_path).metrics == result.metrics
+
+
+def test_another_model_is_refused_with_what_differs(first, data):
+    config = dataclasses.replace(SECOND, start=str(first[0]), model=SECOND.model.replace(d_expert=24, renormalise=False))
+    with pytest.raises(ConfigError, match=r"another one than this run's: d_expert: was 16, now 24; renormalise: was true, now false"):
+        run(config, config.program(), data)
+
+
+def test_a_replayed_run_is_the_recorded_one(first, second, data):
+    """The same run with its own routes replayed: every loss to the bit, no live rows; and recorded steps say which text they are of."""
+    folder, result = first
+    config = dataclasses.replace(SECOND, replay=str(folder / "routes"), checkpoint_every=0)
+    again = run(config, second(config), data)
+    assert again.series["train/loss"] == result.series["train/loss"]
+    assert {value for _, value in again.series["replay/live_rows"]} == {0.0}
+    assert {value for _, value in again.series["replay/set_overlap"]} == {1.0}
+    reader = TraceReader(folder / "routes")
+    assert reader.steps == tuple(range(12)) and reader.info.source == "self" and reader.info.weights
+    with pytest.raises(TraceError, match="other tokens"):
+        run(config, second(config), build(CONFIG.data, 1))
+    with pytest.raises(TraceError, match="no routes of step 12"):
+        longer = dataclasses.replace(config, updates=13, optimizer=dataclasses.replace(config.optimizer, total=12))
+        run(longer, second(config), data)
+
+
+def test_a_replay_of_other_routes_is_another_run(first, second, data, tmp_path):
+    """Routes of the model before training, held for a whole run: other losses, and the routers drift from what they are made to do."""
+    program = second(SECOND)
+    record(program.model, program.init(np.uint32(5)).params, data, tmp_path / "r", 12)
+    held = []
+    for what in ("ids", "ids+weights"):
+        config = dataclasses.replace(SECOND, replay=str(tmp_path / "r"), replay_what=what, checkpoint_every=0)
+        held.append(run(config, second(config), data).series)
+        assert held[-1]["train/loss"] != first[1].series["train/loss"]
+        assert all(value < 1 for _, value in held[-1]["replay/set_overlap"])
+    assert held[0]["train/loss"] != held[1]["train/loss"]
+
+
+def test_a_stopped_run_goes_on_recording(first, second, data, tmp_path):
+    """Stopped between two checkpoints: the trace is unfinished, and whole, with the same bits, once the run has gone on."""
+    config = dataclasses.replace(SECOND, record=str(tmp_path / "routes"), record_what="ids+weights")
+    polls = iter(range(100))
+    with pytest.raises(Stopped):
+        run(config, second(config), data, tmp_path, stop=lambda: next(polls) >= 5)
+    with pytest.raises(TraceError, match="still being written"):
+        TraceReader(tmp_path / "routes")
+    assert TraceReader(tmp_path / "routes", partial=True).steps == tuple(range(6))
+    run(config, second(config), data, tmp_path)
+    one, other = TraceReader(tmp_path / "routes"), TraceReader(first[0] / "routes")
+    assert one.steps == tuple(range(12))
+    for step in one.steps:
+        np.testing.assert_array_equal(one.read(step).ids, other.read(step).ids)
+        np.testing.assert_array_equal(one.read(step).weights, other.read(step).weights)
+
+
+def test_micro_batches_are_recorded_and_replayed_in_their_order(tmp_path):
+    base = dataclasses.replace(SECOND, updates=2, checkpoint_every=0, data=SECOND.data.replace(accumulation=2))
+    text = build(base.data, 0)
+    recorded = dataclasses.replace(base, record=str(tmp_path / "r"))
+    replayed = dataclasses.replace(base, replay=str(tmp_path / "r"))
+    losses = [run(config, config.program(), text).series["train/loss"] for config in (recorded, replayed)]
+    assert losses[0] == losses[1]
+    assert TraceReader(tmp_path / "r").read(1, text.batch(1)["tokens"].reshape(8, 16)).ids.shape == (1, 8, 16, 2)
+
+
+def test_evaluation_beside_reference_routes(first, second, data, tmp_path):
+    """The parameters that the routes were recorded with choose all of them again; others do not."""
+    folder, _ = first
+    saved = load_model(folder)
+    record(second(SECOND).model, saved.params, data, tmp_path / "v", 99, split="validation", eval_batch=4)
+    at_rest = dataclasses.replace(SECOND.optimizer, learning_rate=0.0, adamw_learning_rate=0.0)
+    base = dataclasses.replace(SECOND, compare=str(tmp_path / "v"), updates=1, checkpoint_every=0, noise="")
+    still = dataclasses.replace(base, start=str(folder), optimizer=at_rest)
+    assert run(still, second(still), data).metrics["val_reference_overlap"] == 1.0
+    assert 0.2 < run(base, second(base), data).metrics["val_reference_overlap"] < 0.99
+
+
+def test_aqn_changes_from_stage_to_stage_in_one_program(second, data):
+    """The first stage is the run without AQN; later ones are not; nothing is compiled again, and evaluation has no AQN."""
+    base = dataclasses.replace(SECOND, checkpoint_every=0, noise="", aqn="qerl_code:0.5:0.1:3")
+    plain = dataclasses.replace(base, aqn="")
+    program = second(base)
+    losses = {name: run(c, second(c), data).series["train/loss"] for name, c in (("aqn", base), ("plain", plain))}
+    assert program.compiled == {"init": 1, "train": 1, "evaluate": 1}
+    same = [math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(losses["aqn"], losses["plain"], strict=True)]
+    assert same == [True] * 4 + [False] * 8
+    reached = dataclasses.replace(base, aqn="qerl_code:0.5:0.1:3:reach=experts")
+    assert run(reached, second(reached), data).series["train/loss"][4:] != losses["aqn"][4:]
+    assert "val_perplexity_noisy" not in run(base, program, data).metrics
