@@ -2,10 +2,10 @@
 
   python -m launch.train --preset=tiny --data=synthetic --steps=200 --workdir=runs/tiny
   python -m launch.train --preset=quick --data=wiki --steps=500 --noise=router_logits=additive:0.1 --workdir=runs/noisy
-  python -m launch.train --preset=quick --start=runs/clean --replay=routes/clean --noise=matmuls=relative:0.05 --workdir=runs/held
+  python -m launch.train --start=runs/clean --replay=routes/clean --noise=matmuls=relative:0.05 --workdir=runs/held
 
 Writes config.json, versions.json, command.txt, metrics.jsonl and checkpoints into the workdir and prints the final evaluation.
-Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and resumable.
+Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 data, 4 checkpoint or trace, 75 stopped and resumable.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from absl import flags
 
 from launch.common import StopRequests, apply_overrides, define_set, run
 
-_PRESET = flags.DEFINE_string("preset", "quick", "Model preset: tiny, quick, small, seed_79m.")
+_PRESET = flags.DEFINE_string("preset", None, "Model preset: tiny, quick, small, seed_79m. None means the model of --start, or quick.")
 _DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt).")
 _STEPS = flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…][:layers=…], comma-separated, e.g. router_logits=additive:0.1.")
@@ -27,6 +27,9 @@ _REPLAY = flags.DEFINE_string(
 )
 _REPLAY_WHAT = flags.DEFINE_enum("replay_what", "ids", ["ids", "ids+weights"], "What of them; with weights the router gets no gradient.")
 _RECORD = flags.DEFINE_string("record", "", "A folder to record the routes of every update into.")
+_AQN = flags.DEFINE_string(
+    "aqn", "", "Falling noise on the norms: VARIANT:START:END:STAGES[:reach=…], e.g. qerl_code:1e-2:1e-4:10:reach=experts."
+)
 _FREEZE = flags.DEFINE_list(
     "freeze", [], "Of the routers: freeze_params, stop_gate_gradient, stop_aux_gradient, freeze_bias, comma-separated."
 )
@@ -54,15 +57,17 @@ def make_config():
     from moe_jax.optim.plan import OptimizerConfig
     from moe_jax.train.data import DataConfig
     from moe_jax.train.run_config import RunConfig
+    from moe_jax.train.saved import load_model
     from moe_jax.train.step import Objective
 
-    model = ModelConfig.preset(_PRESET.value)
+    of_start = _START.value and not _PRESET.value
+    model = load_model(_START.value).config if of_start else ModelConfig.preset(_PRESET.value or "quick")
     data = DataConfig.fitting(_DATA.value, model.vocab_size, min(128, model.max_seq_len))
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
     config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))
     routes = {"start": _START.value, "replay": _REPLAY.value, "replay_what": _REPLAY_WHAT.value, "record": _RECORD.value}
-    config = dataclasses.replace(config, **routes, objective=Objective(freeze=tuple(_FREEZE.value)))
+    config = dataclasses.replace(config, **routes, aqn=_AQN.value, objective=Objective(freeze=tuple(_FREEZE.value)))
     config = dataclasses.replace(config, init_seed=_SEED.value, data_seed=_SEED.value, noise_seed=_SEED.value)
     return apply_overrides(config, _SET.value)
 
@@ -71,11 +76,15 @@ def _describe(config) -> None:
     import json
 
     from moe_jax.config_tools import config_dict
+    from moe_jax.train.run_config import parse_aqn
 
     program = config.program()
     model = program.model
     print(json.dumps(config_dict(config), indent=2))
     print(program.plan.table())
+    if config.aqn:
+        stages = parse_aqn(config.aqn).stage_table(config.updates)
+        print("sigma of AQN from update: " + ", ".join(f"{first} {sigma:.3g}" for first, sigma in stages))
     print(f"{model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token")
 
 

@@ -16,14 +16,14 @@ PURE_REPORT = [
 
 # (files, what they never import)
 RULES = [
-    (["routing.py", "routing_stats.py"], ["moe_jax.noise", "moe_jax.dispatch", "moe_jax.model", "flax"]),
+    (["routing.py", "routing_stats.py", "replay.py"], ["moe_jax.noise", "moe_jax.dispatch", "moe_jax.model", "flax"]),
     (["noise/*.py"], ["moe_jax.routing", "moe_jax.dispatch", "moe_jax.model", "flax"]),
     (["dispatch/*.py"], ["moe_jax.noise", "moe_jax.model", "flax", "optax"]),
     (PURE_REPORT, ["jax", "flax", "moe_jax.model", "moe_jax.train", "moe_jax.noise", "moe_jax.optim"]),
     (["*.py", "noise/*.py", "dispatch/*.py", "optim/*.py", "train/*.py", "studies/*.py"], ["flax"]),
     (
         ["train/step.py", "train/state.py", "optim/*.py", "noise/*.py", "dispatch/*.py"]
-        + [f"{name}.py" for name in ("axes", "keys", "paths", "mesh", "routing", "routing_stats", "losses", "experts")],
+        + [f"{name}.py" for name in ("axes", "keys", "paths", "mesh", "routing", "routing_stats", "replay", "losses", "experts")],
         list(EDGE_MODULES),
     ),
     (["**/*.py"], ["experiments", "launch", "tests"]),

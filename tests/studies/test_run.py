@@ -125,3 +125,17 @@ def test_two_structures_are_two_programs(smoke, tmp_path):
 def test_names_of_cells_are_folder_names():
     assert cell_name({"noise_std": 0.1, "gate": "adam w/x"}, 42) == "noise_std-0.1_gate-adam-w-x_seed-42"
     assert runner.describe_devices() == "8 x cpu (cpu)"
+
+
+def test_what_runs_share_is_prepared_before_each(smoke, tmp_path):
+    """`prepare` sees the study's folder, programs and stop, and the run is the one that it returns."""
+    seen = []
+
+    def prepare(shop, config):
+        seen.append((shop.folder, shop.stop(), shop.program(config) is shop.program(config), config.init_seed))
+        return dataclasses.replace(config, updates=2, checkpoint_every=0)
+
+    design = dataclasses.replace(smoke.design, only=smoke.design.cells()[:1], comparisons=())
+    outcome = run_study(dataclasses.replace(smoke, design=design, prepare=prepare), tmp_path)
+    assert seen == [(tmp_path, False, True, 42), (tmp_path, False, True, 43)]
+    assert outcome.compiled["train"] == 1 and [len(series["train/loss"]) for _, series, _ in rows(tmp_path).values()] == [2, 2]
