@@ -298,3 +298,14 @@ def test_aqn_changes_from_stage_to_stage_in_one_program(second, data):
     reached = dataclasses.replace(base, aqn="qerl_code:0.5:0.1:3:reach=experts")
     assert run(reached, second(reached), data).series["train/loss"][4:] != losses["aqn"][4:]
     assert "val_perplexity_noisy" not in run(base, program, data).metrics
+
+
+def test_no_checkpoint_is_ahead_of_the_routes(second, data, tmp_path, monkeypatch):
+    """Before each save the routes of all updates so far are brought to the disk, so a kill after it loses none."""
+    order = []
+    flush, save = loop.TraceWriter.flush, loop.Checkpoints.save
+    monkeypatch.setattr(loop.TraceWriter, "flush", lambda self: (flush(self), order.append(TraceReader(self.folder, partial=True).steps)))
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, *rest: (order.append(step), save(self, step, *rest)))
+    config = dataclasses.replace(SECOND, record=str(tmp_path / "routes"))
+    run(config, second(config), data, tmp_path)
+    assert order[:6] == [tuple(range(4)), 4, tuple(range(8)), 8, tuple(range(12)), 12]
