@@ -94,7 +94,8 @@ def _routes(config: "Config", tokens: "np.ndarray"):
         return None
     from moe_jax.train.record import Routes
 
-    return Routes(_REPLAY.value, config.model, *tokens.shape, _REPLAY_WHAT.value).of(0, tokens)
+    rows, length = tokens.shape
+    return Routes(_REPLAY.value, config.model, rows, length, _REPLAY_WHAT.value).of(0, tokens)
 
 
 def _batch() -> tuple["Config", dict[str, "np.ndarray"], str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import ConfigError, TraceError
@@ -58,7 +59,7 @@ def record(
     with TraceWriter(folder, trace_info(model.config, data, rows, source, weights, **extra)) as writer:
         for step, batch in enumerate(batches):
             tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
-            seed = np.uint32(noise_seed)
+            seed = jnp.uint32(noise_seed)
             draw = Draw(seed, step, "train") if training else Draw(seed, 0, "eval", step * rows)
             writer.write(step, _pass(model)(params, tokens, noise, draw), tokens)
 
