@@ -25,7 +25,9 @@ _START = flags.DEFINE_string("start", "", "A run folder whose parameters are the
 _REPLAY = flags.DEFINE_string(
     "replay", "", "Routes of launch.record to take instead of the routers' choice, those of the update's own batch."
 )
-_REPLAY_WHAT = flags.DEFINE_enum("replay_what", "ids", ["ids", "ids+weights"], "What of them; with weights the router gets no gradient.")
+_REPLAY_WHAT = flags.DEFINE_enum(
+    "replay_what", "ids", ["ids", "ids+weights"], "What of them; with weights the router learns from its own losses alone."
+)
 _RECORD = flags.DEFINE_string("record", "", "A folder to record the routes of every update into.")
 _AQN = flags.DEFINE_string(
     "aqn", "", "Falling noise on the norms: VARIANT:START:END:STAGES[:reach=…], e.g. qerl_code:1e-2:1e-4:10:reach=experts."

@@ -29,9 +29,10 @@ FREEZES = ("freeze_params", "stop_gate_gradient", "stop_aux_gradient", "freeze_b
 class Replay:
     """Routes to take instead of the router's own; a row that holds none (or ids that cannot be one: too large, or twice the same) is routed live.
 
-    what: "ids" takes the experts and gathers their weights from the live logits, so that the router learns; "ids+weights" takes the recorded weights
-    too, and the router gets no gradient from the rows that have them. The other fields say what the rest of the router follows: "live" its own
-    choice, "replayed" the experts that worked, "off" nothing (a loss of 0, no counts, no update). The z loss sees logits alone, so it has no "replayed".
+    what: "ids" takes the experts and gathers their weights from the live logits, so that the router learns; "ids+weights" takes the recorded weights too: where
+    it does, the language loss gives the router no gradient, and what still trains it are its own losses. The other fields say what the rest of the router
+    follows: "live" its own choice, "replayed" the experts that worked, "off" nothing (a loss of 0, no counts, no update). The z loss sees logits alone,
+    so it has no "replayed".
     Raises ConfigError for an unknown choice, and for "ids+weights" without recorded weights.
     """
 

@@ -211,7 +211,7 @@ class TraceReader:
         self._records = [_Record(self.folder, self.info, index) for index in range(header["parts"])]
         unfinished = [record.manifest.name for record in self._records if not record.load()]
         if unfinished and not partial:
-            state = f"{len(self.steps)} complete steps, no {some(unfinished, 8, ', ')}; pass partial=True / --replay_partial, or finish the recording"
+            state = f"{len(self.steps)} complete steps, no {some(unfinished, 8, ', ')}; finish the recording, or read with TraceReader(partial=True)"
             raise TraceError(f"{self.folder} is still being written (or its writer was killed): {state}")
 
     @property
