@@ -265,6 +265,7 @@ def test_look_and_progress(params, windows):
     assert seen == [(L, B * S, E)] * N and parts == sorted(parts) and parts[-1] == N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["relative:0.3", "additive:0.1", "rms_relative:0.1", "quantise:int8", "bit_flip:0.01", "bias:0.1", "accumulation:0.1"]
 )

@@ -112,6 +112,7 @@ def finished(tmp_path_factory):
     return workdir, experiment, run_study(experiment, workdir)
 
 
+@pytest.mark.slow
 def test_the_arms_of_a_seed_share_a_checkpoint_and_their_text(finished):
     workdir, experiment, outcome = finished
     assert (outcome.done, outcome.failed) == (8, 0)
@@ -129,6 +130,7 @@ def test_the_arms_of_a_seed_share_a_checkpoint_and_their_text(finished):
     assert rows["noisy", 42].series["train/loss"][0][1] < math.log(260) - 0.01  # it has learnt before
 
 
+@pytest.mark.slow
 def test_the_reference_routes_are_those_of_the_checkpoint_on_the_very_batches(finished):
     workdir, experiment, _ = finished
     home = workdir / "pretrained" / "seed-42"
@@ -142,6 +144,7 @@ def test_the_reference_routes_are_those_of_the_checkpoint_on_the_very_batches(fi
         np.testing.assert_array_equal(reader.read(step, tokens).ids, live.ids)
 
 
+@pytest.mark.slow
 def test_a_frozen_router_keeps_every_bit_and_others_do_not(finished):
     """Fine-tuned by hand from the prepared checkpoint, noise and weight decay on."""
     workdir, experiment, _ = finished
@@ -158,6 +161,7 @@ def test_a_frozen_router_keeps_every_bit_and_others_do_not(finished):
         assert not (params["layers"]["feed_forward"]["up"] == state.params["layers"]["feed_forward"]["up"]).all()
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_ends_in_the_same_numbers(finished, tmp_path):
     """Stopped while the checkpoint is trained, and in a run; what is there is not made again."""
     workdir, _, _ = finished
@@ -173,6 +177,7 @@ def test_stopped_anywhere_it_ends_in_the_same_numbers(finished, tmp_path):
     assert len(rows[1]) == 2 and all(rows[0][key] == found for key, found in rows[1].items())
 
 
+@pytest.mark.slow
 def test_routes_that_were_cut_off_are_made_again(finished, tmp_path):
     """A killed recording leaves a part without its manifest."""
     experiment, shop = few("replay ids"), replay_freeze.Workshop(tmp_path)
@@ -183,6 +188,7 @@ def test_routes_that_were_cut_off_are_made_again(finished, tmp_path):
     assert TraceReader(ready.replay).steps == tuple(range(20)) and ready.start.endswith("pretrained/seed-42")
 
 
+@pytest.mark.slow
 def test_the_report_says_what_each_remedy_did_in_words(finished):
     workdir, _, _ = finished
     text = report.build(workdir).markdown.read_text()

@@ -32,16 +32,12 @@ def test_recorded_routes_are_replayed_and_other_text_is_refused(tmp_path):
     assert other.returncode == 4 and "Traceback" not in other.stderr and other.stderr.strip().splitlines()[-1].startswith("error: "), (
         other.stderr
     )
-    longer = command("train", *train, "--set", "updates=9", f"--workdir={tmp_path / 'longer'}")
-    assert longer.returncode == 4 and "no routes of step 3" in longer.stderr
-    wider = command("train", *train, "--set", "model.num_experts=8", f"--workdir={tmp_path / 'wider'}")
-    assert wider.returncode == 4 and "4 experts, the model has 8" in wider.stderr
 
 
 def test_frozen_gate_stands_in_the_optimizer_table_and_unknown_flags_are_refused(tmp_path):
     shown = command("train", "--preset=tiny", "--freeze=freeze_params,stop_gate_gradient", "--dry_run")
     row = next(line for line in shown.stdout.splitlines() if line.startswith("layers/feed_forward/router"))
     assert "frozen" in row
-    for flags, said in ((["--freeze=gate"], "unknown freeze 'gate'"), (["--replay=nowhere"], "nowhere")):
+    for flags, said in ((["--freeze=gate"], "unknown freeze 'gate'"),):
         refused = command("train", "--preset=tiny", "--data=synthetic", "--steps=1", f"--workdir={tmp_path}", *flags)
         assert refused.returncode in (2, 4) and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr

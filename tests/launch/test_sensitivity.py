@@ -128,6 +128,7 @@ def _order(found):
     return found[0], ABOUT, found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["experts=relative:0.2", "router_logits=additive:1.0", "norms=additive:0.1", "router_gemm=quantise:int8"])
 def test_a_spec_of_one_factor_makes_a_report_too(spec, tmp_path):
     """One factor has no arms of factors; one batch has no interval over text; a spec that spares the router has no prediction."""

@@ -264,6 +264,7 @@ def test_a_stopped_run_goes_on_recording(first, second, data, tmp_path):
         np.testing.assert_array_equal(one.read(step).weights, other.read(step).weights)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_recorded_and_replayed_in_their_order(tmp_path):
     base = dataclasses.replace(SECOND, updates=2, checkpoint_every=0, data=SECOND.data.replace(accumulation=2))
     text = build(base.data, 0)
