@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -22,7 +23,7 @@ from absl import app, flags
 from moe_jax.config_tools import apply_overrides, config_dict, flatten
 from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
 
-__all__ = ["StopRequests", "apply_overrides", "config_dict", "define_set", "flatten", "manual", "run"]
+__all__ = ["StopRequests", "apply_overrides", "config_dict", "define_hosts", "define_mesh", "define_set", "flatten", "manual", "run"]
 
 _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
@@ -44,6 +45,57 @@ def define_set() -> flags.FlagHolder[Any]:
     return flags.DEFINE_multi_string("set", [], text)
 
 
+class Hosts:
+    """The flags of a job of several processes; `start()` joins it, and is called before anything asks for devices."""
+
+    def __init__(self) -> None:
+        where = "host:port of process 0, for a job of several processes. launch.local, SLURM, GKE and TPU pods announce it by themselves."
+        self._coordinator = flags.DEFINE_string("coordinator", None, where)
+        self._count = flags.DEFINE_integer(
+            "num_processes", None, "How many processes the job has; refused when it is not what a scheduler says."
+        )
+        self._index = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0. Process 0 talks and writes.")
+        patience = "Seconds that processes wait for each other at the start; more where hosts start minutes apart."
+        self._timeout = flags.DEFINE_float("connect_timeout", 20.0, patience, lower_bound=1.0)
+
+    def start(self) -> Any:
+        """Joins the job; gives moe_jax.distributed.Found, which process 0 of several prints on stderr."""
+        from moe_jax import distributed
+
+        found = distributed.initialize(self._coordinator.value, self._count.value, self._index.value, self._timeout.value)
+        if found.count > 1 and found.index == 0:
+            print(found, file=sys.stderr, flush=True)
+        return found
+
+
+def define_hosts() -> Hosts:
+    """The flags --coordinator, --num_processes, --process_id and --connect_timeout; main calls `holder.start()` first of all."""
+    return Hosts()
+
+
+class MeshFlag:
+    """The flag --mesh; `build()` gives the mesh that it names, once the devices are known."""
+
+    def __init__(self) -> None:
+        text = "How devices are divided, e.g. data=2,expert=4 (data, fsdp, expert, tensor). Default: one device; data over all of several processes."
+        self._text = flags.DEFINE_string("mesh", "", text)
+
+    def build(self) -> Any:
+        """The Mesh, or None for one device. Raises ConfigError when it does not have the number of devices that there are."""
+        import jax
+
+        from moe_jax.mesh import MeshSpec
+
+        if self._text.value:
+            return MeshSpec.parse(self._text.value).build()
+        return MeshSpec(data=jax.device_count()).build() if jax.process_count() > 1 else None
+
+
+def define_mesh() -> MeshFlag:
+    """The flag --mesh of a command that runs a model on many devices."""
+    return MeshFlag()
+
+
 # --- errors and exit codes ----------------------------------------------------------------------------------------------------
 
 
@@ -54,10 +106,15 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int 
         return main(argv)
     except MoeJaxError as error:
         _say("stopped" if isinstance(error, Stopped) else "error", str(error))
-        return error.exit_code
+        return _leave(error.exit_code)
     except KeyboardInterrupt:
         _say("stopped", "interrupted; the same command goes on from the last checkpoint")
-        return Stopped.exit_code
+        return _leave(Stopped.exit_code)
+    except Exception:
+        if _process() is None:
+            raise
+        traceback.print_exc()
+        return _leave(1)
 
 
 def _stop_now(number: int, _: FrameType | None) -> None:
@@ -66,7 +123,33 @@ def _stop_now(number: int, _: FrameType | None) -> None:
 
 def _say(kind: str, message: str) -> None:
     sys.stdout.flush()
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    index = _process()
+    who = "" if index is None else f" (process {index})"
+    print(f"{kind}{who}: {message}", file=sys.stderr, flush=True)
+
+
+def _process() -> int | None:
+    """Which process of several this is; None when alone."""
+    distributed = sys.modules.get("moe_jax.distributed")  # only a command that joined a job has it
+    _, index, count = distributed._job() if distributed else (None, 0, 1)
+    return index if count > 1 else None
+
+
+def _leave(code: int) -> int:
+    """The exit code when all processes end together; else this one ends at once, and the others notice.
+
+    jax's orderly way out waits for every process: one that failed by itself would wait for those that wait for it.
+    """
+    if _process() is not None:
+        from moe_jax import distributed
+
+        try:
+            distributed._job()[0].wait_at_barrier("leaving", 5_000)
+        except RuntimeError:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 _default_format = warnings.formatwarning

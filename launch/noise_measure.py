@@ -93,7 +93,7 @@ class MeasuredOperator(Operator):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("key", "fixed", "layer", "tokens", "scales"),
-    meta_fields=("sites", "dropout", "freeze", "tally"),
+    meta_fields=("sites", "dropout", "freeze", "layout", "balance", "tally"),
 )
 @dataclasses.dataclass(frozen=True)
 class MeasuredScope(Scope):

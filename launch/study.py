@@ -2,6 +2,7 @@
 
   python -m launch.study --experiment=noise_factorial:quick --workdir=runs/quick
   python -m launch.study --experiment=noise_factorial:seed --dry_run
+  python -m launch.study --experiment=noise_factorial:seed --lanes=8 --workdir=runs/seed
 
 Prints the results, the paired contrasts and the report's path. --dry_run prints what would run, its size, schedule and cost, and writes
 nothing. Exit codes: 0 done, 1 a run failed, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and resumable.
@@ -19,6 +20,13 @@ _EXPERIMENT = flags.DEFINE_string("experiment", None, "Which study: NAME:PRESET,
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder: ledger, metrics, report. Needed unless --dry_run.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would run and what it would cost; write nothing.")
 _RETRY = flags.DEFINE_boolean("retry_failed", False, "Run again what met a non-finite value before.")
+_LANES = flags.DEFINE_integer(
+    "lanes",
+    1,
+    "How many runs go at a time, each on a device of its own (with fewer devices, several on each), with the same numbers as one after the other. "
+    "A study that was stopped goes on with any number.",
+    lower_bound=1,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +58,7 @@ def _run(experiment, workdir: Path) -> int:
             print(
                 f"{experiment.name}: {len(waiting)} of {len(experiment.design.runs())} runs to do on {describe_devices()}; {experiment.cost}"
             )
-            outcome = run_study(experiment, workdir, stop=lambda: bool(stop()), retry_failed=_RETRY.value)
+            outcome = run_study(experiment, workdir, stop=lambda: bool(stop()), retry_failed=_RETRY.value, lanes=_LANES.value)
             words = {"train": "training", "evaluate": "evaluation", "init": "initialisation"}
             programs = ", ".join(f"{outcome.compiled[name]} for {word}" for name, word in words.items())
             print(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}\n")

@@ -2,6 +2,7 @@
 
   python -m launch.train --preset=tiny --data=synthetic --steps=200 --workdir=runs/tiny
   python -m launch.train --preset=quick --data=wiki --steps=500 --noise=router_logits=additive:0.1 --workdir=runs/noisy
+  python -m launch.train --preset=small --mesh=data=2,expert=4 --workdir=runs/eight
   python -m launch.train --start=runs/clean --replay=routes/clean --noise=matmuls=relative:0.05 --workdir=runs/held
 
 Writes config.json, versions.json, command.txt, metrics.jsonl and checkpoints into the workdir and prints the final evaluation.
@@ -10,11 +11,12 @@ Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 da
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, apply_overrides, define_set, run
+from launch.common import StopRequests, apply_overrides, define_hosts, define_mesh, define_set, run
 
 _PRESET = flags.DEFINE_string("preset", None, "Model preset: tiny, quick, small, seed_79m. None means the model of --start, or quick.")
 _DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt).")
@@ -36,7 +38,9 @@ _FREEZE = flags.DEFINE_list(
     "freeze", [], "Of the routers: freeze_params, stop_gate_gradient, stop_aux_gradient, freeze_bias, comma-separated."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Needed unless --dry_run.")
+_PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many updates, after the first two, for xprof, into WORKDIR/profile.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the config, the parameters and the optimizer table; write nothing.")
+_MESH, _HOSTS = define_mesh(), define_hosts()
 _SET = define_set()
 
 
@@ -44,6 +48,7 @@ def main(argv: list[str]) -> None:
     """Builds the config, then trains, or prints it."""
     from moe_jax.errors import ConfigError
 
+    _HOSTS.start()
     config = make_config()
     if _DRY_RUN.value:
         _describe(config)
@@ -91,18 +96,20 @@ def _describe(config) -> None:
 
 
 def _train(config, workdir: Path) -> None:
+    from moe_jax.distributed import first
     from moe_jax.train.data import build
     from moe_jax.train.loop import run as train
     from moe_jax.train.run_folder import RunFolder
     from moe_jax.train.writers import Progress
 
-    with RunFolder(workdir) as folder, StopRequests() as stop, Progress(config.updates) as progress:
+    program = config.program(_MESH.build())
+    with RunFolder(workdir) as folder, StopRequests() as stop, Progress(config.updates) if first() else nullcontext() as progress:
         folder.check_config(config)
         data = build(config.data, config.data_seed)
         for change in folder.start(config, sys.argv):
             print(f"since the last launch: {change}", file=sys.stderr)
-        result = train(config, config.program(), data, workdir, progress, lambda: bool(stop()))
-    for name, value in sorted(result.metrics.items()):
+        result = train(config, program, data, workdir, progress, lambda: bool(stop()), _PROFILE.value)
+    for name, value in sorted(result.metrics.items()) if first() else ():
         print(f"{name:<28}{value:.5g}")
 
 

@@ -65,25 +65,32 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axis each logical axis is laid over; a logical axis that is not named is replicated."""
+    """Which mesh axis, or axes together, each logical axis is laid over; a logical axis that is not named is replicated."""
 
-    table: tuple[tuple[str, str], ...] = ()
+    table: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+
+    def axes_of(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes of a logical one."""
+        found = dict(self.table).get(axis, ())
+        return (found,) if isinstance(found, str) else found
 
     def partition(self, axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-        """The PartitionSpec of an array with logical `axes`; refuses a mesh axis used twice and a size that does not divide."""
-        lookup, used, parts = dict(self.table), {}, []
+        """The PartitionSpec of an array with logical `axes`; refuses a mesh axis used twice and a size that does not divide.
+
+        Mesh axes of size 1 are left out.
+        """
+        used, parts = {}, []
         for axis, size in zip(axes, shape, strict=True):
-            mesh_axis = lookup.get(axis)
-            if mesh_axis is None or mesh_axis not in mesh_shape:
-                parts.append(None)
-                continue
-            if mesh_axis in used:
-                raise ConfigError(f"logical axes {used[mesh_axis]!r} and {axis!r} both map to mesh axis {mesh_axis!r}; change one rule")
-            if size % mesh_shape[mesh_axis]:
+            over = tuple(name for name in self.axes_of(axis) if mesh_shape.get(name, 1) > 1)
+            for name in over:
+                if name in used:
+                    raise ConfigError(f"logical axes {used[name]!r} and {axis!r} both map to mesh axis {name!r}; change one rule")
+                used[name] = axis
+            count = math.prod(mesh_shape[name] for name in over)
+            if size % count:
+                names = " x ".join(f"{name}={mesh_shape[name]}" for name in over)
                 raise ConfigError(
-                    f"axis {axis!r} of size {size} does not divide over mesh axis {mesh_axis!r} of size {mesh_shape[mesh_axis]}; "
-                    "choose a mesh size that divides it"
+                    f"axis {axis!r} of size {size} does not divide over the mesh axes {names}; choose mesh sizes that divide it"
                 )
-            used[mesh_axis] = axis
-            parts.append(mesh_axis)
+            parts.append(over[0] if len(over) == 1 else over or None)
         return PartitionSpec(*parts)

@@ -16,13 +16,13 @@ def made_once(x: Array, true: Any) -> Array:
     return jax.lax.cond(true, lambda x: x, jnp.zeros_like, x) if jax.default_backend() == "cpu" else x
 
 
-def dot(a: Array, b: Array, contract_a: int, contract_b: int, precision=None) -> Float[Array, "..."]:
+def dot(a: Array, b: Array, contract_a: int, contract_b: int, precision=None, laid: bool = True) -> Float[Array, "..."]:
     """a times b over one axis of each, summed in float32 and returned as float32; a may have leading axes when it contracts its last.
 
     A product over both first axes (a weight gradient) has no fast form on a CPU, where a transpose is otherwise folded into the product: bfloat16 ran
-    at a fifth of the speed of the same product over a last axis. There, a is laid out anew first.
+    at a fifth of the speed of the same product over a last axis. There, a is laid out anew first, unless `laid` is False.
     """
-    if jax.default_backend() == "cpu" and (a.ndim, b.ndim, contract_a, contract_b) == (2, 2, 0, 0):
+    if laid and jax.default_backend() == "cpu" and (a.ndim, b.ndim, contract_a, contract_b) == (2, 2, 0, 0):
         # the barrier keeps a transpose of the result out of the product, for which bfloat16 has no kernel (it fails at run time)
         return jax.lax.optimization_barrier(dot(with_layout_constraint(a.T, Layout((0, 1))), b, 1, 0, precision))
     return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -21,7 +21,9 @@ ACTIVATIONS: Mapping[str, Callable] = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weights", "operators", "context"), meta_fields=("activation", "mask"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("weights", "operators", "context", "first"), meta_fields=("activation", "mask")
+)
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """E expert MLPs and how they compute; what a dispatch implementation applies to the rows that the router sent.
@@ -36,6 +38,7 @@ class Experts:
     # (context, rows Int[R], width) -> Float[R, width], multiplied into the hidden layer (dropout); None: no multiplication at all. Static, so that it may
     # stand inside a custom derivative and a shard_map.
     mask: Callable | None = None
+    first: Any = 0  # global number of the first of these experts, where they are a part of all: a coordinate of the weight gradients' draws
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -50,6 +53,10 @@ class Experts:
     @property
     def count(self) -> int:
         return self.weights["up"].shape[0]
+
+    def first_row(self, name: str) -> Any:
+        """The logical number of a stack's first row, counted over all experts."""
+        return self.first * self.weights[name].shape[1]
 
     def hidden(self, up: Float[Array, "R F"], gate: Float[Array, "R F"] | None, rows: Int[Array, "R"]) -> Float[Array, "R F"]:
         """The hidden layer from its pre-activations, with the mask applied; computed in float32, returned in the type of `up`."""

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.dots import dot
 from moe_jax.errors import Unsupported
+from moe_jax.manual import total, vary_like
 from moe_jax.products import matmul, partial_sums, product, sum_count, weight_gradient
 
 NORMALISATIONS = ("assignments", "topk")
+BALANCE_SCOPES = ("sequence", "microbatch", "global_batch")  # over which tokens a balance loss counts the load
 BLOCK = 2048  # words at a time on a CPU, whose cache holds their logits
 
 
@@ -46,7 +48,7 @@ def cross_entropy(
         raise Unsupported("noise at lm_head needs the logits of all words at once; set loss_chunk to tokens or none")
     rows = jnp.arange(targets.shape[0]) if rows is None else rows
     loss, correct = functions[chunk](hidden, head, targets, jax.lax.stop_gradient(weights.astype(jnp.float32)), operator, rows, size)
-    count = weights.sum(dtype=jnp.float32)
+    count = total(weights.sum(dtype=jnp.float32), head)
     stop = jax.lax.stop_gradient
     return loss, {"loss": (stop(loss), count), "accuracy": (stop(correct), count)}
 
@@ -56,7 +58,12 @@ def _whole(hidden, head, targets, weights, operator, rows, size=None):
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     # right when the target reaches the largest logit; exact ties count as right
     correct = (chosen >= logits.max(-1)).astype(jnp.float32)
-    return (weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum(), (weights * correct).sum()
+    return _sums(head, weights * (jax.nn.logsumexp(logits, axis=-1) - chosen), weights * correct)
+
+
+def _sums(head, *parts):
+    """Each part's sum over its tokens; in a shard_map, over those of all devices that share the head."""
+    return tuple(total(part.sum(), head) for part in parts)
 
 
 def _blocks(head, size):
@@ -87,8 +94,7 @@ def _by_tokens(hidden, head, targets, weights, operator, rows, size):
         h, t, w, row = chunk
         return _loss(*_sweep(h, blocks, words, t, operator, row)[0], w)
 
-    losses, correct = jax.lax.map(one_chunk, tuple(_token_chunks((hidden, targets, weights, rows), size)))
-    return losses.sum(), correct.sum()
+    return _sums(head, *jax.lax.map(one_chunk, tuple(_token_chunks((hidden, targets, weights, rows), size))))
 
 
 def _block_size(head, operator) -> int:
@@ -98,14 +104,14 @@ def _block_size(head, operator) -> int:
 
 
 def _sweep(h, blocks, words: int, t, operator, row, kept=None) -> tuple[tuple[Any, Any, Any], Any]:
-    """((top, total, chosen) of each token's logits, stacks): a running maximum and sum over blocks of words, as in FlashAttention (Dao et al. 2022).
+    """((top, summed, chosen) of each token's logits, stacks): a running maximum and sum over blocks of words, as in FlashAttention (Dao et al. 2022).
 
     stacks: with a type `kept`, each block's exponentials in it and the maximum that was subtracted.
     """
     length = blocks.shape[1]
 
     def one_block(carry, item):
-        (top, total, chosen), (index, matrix) = carry, item
+        (top, summed, chosen), (index, matrix) = carry, item
         first = index * length
         logits = product(
             operator, "forward", row, h, matrix.astype(h.dtype), lambda a, b: dot(a, b, 1, 1), axis=-1, part=(first, len(blocks) * length)
@@ -115,15 +121,15 @@ def _sweep(h, blocks, words: int, t, operator, row, kept=None) -> tuple[tuple[An
         chosen = jnp.where(t // length == index, jnp.take_along_axis(logits, (t % length)[:, None], 1)[:, 0], chosen)
         high = jnp.maximum(top, logits.max(-1))
         exp = jnp.exp(logits - high[:, None])
-        total = total * jnp.exp(top - high) + exp.sum(-1)
-        return (high, total, chosen), None if kept is None else (jax.lax.bitcast_convert_type(exp.astype(h.dtype), kept), high)
+        summed = summed * jnp.exp(top - high) + exp.sum(-1)
+        return (high, summed, chosen), None if kept is None else (jax.lax.bitcast_convert_type(exp.astype(h.dtype), kept), high)
 
-    zero = jnp.zeros(t.shape, jnp.float32)
+    zero = vary_like(jnp.zeros(t.shape, jnp.float32), h, t)
     return jax.lax.scan(one_block, (zero - jnp.inf, zero, zero), (jnp.arange(len(blocks)), blocks))
 
 
-def _loss(top, total, chosen, w):
-    return (w * (jnp.log(total) + top - chosen)).sum(), (w * (chosen >= top)).sum()
+def _loss(top, summed, chosen, w):
+    return (w * (jnp.log(summed) + top - chosen)).sum(), (w * (chosen >= top)).sum()
 
 
 def _by_tokens_forward(hidden, head, targets, weights, operator, rows, size):
@@ -134,26 +140,26 @@ def _by_tokens_forward(hidden, head, targets, weights, operator, rows, size):
 
     def one_chunk(sums, chunk):
         h, t, w, row = chunk
-        (top, total, chosen), stacks = _sweep(h, blocks, words, t, operator, row, kept)
+        (top, summed, chosen), stacks = _sweep(h, blocks, words, t, operator, row, kept)
 
         def one_block(dh, item):
             index, matrix, sums, exp, high = item
             exp = jax.lax.bitcast_convert_type(exp, h.dtype).astype(jnp.float32)
-            d_target = w * (jnp.exp(chosen - top) / total - 1.0)
-            others = exp * (w / total * jnp.exp(high - top))[:, None]
+            d_target = w * (jnp.exp(chosen - top) / summed - 1.0)
+            others = exp * (w / summed * jnp.exp(high - top))[:, None]
             dlogits = jnp.where(index * length + jnp.arange(length) == t[:, None], d_target[:, None], others).astype(h.dtype)
             dh = dh + product(inside, "grad_input", row, dlogits, matrix.astype(h.dtype), lambda a, b: dot(a, b, 1, 0), axis=-1)
             return dh, jax.tree.map(jnp.add, sums, partial_sums(operator, h, dlogits, lambda a, b: dot(a, b, 0, 0)))
 
-        dh, sums = jax.lax.scan(one_block, jnp.zeros(h.shape, jnp.float32), (jnp.arange(len(blocks)), blocks, sums, *stacks))
+        dh, sums = jax.lax.scan(one_block, vary_like(jnp.zeros(h.shape, jnp.float32), h), (jnp.arange(len(blocks)), blocks, sums, *stacks))
         dh = product(after, "grad_input", row, h, None, lambda *_: dh)
-        return sums, (*_loss(top, total, chosen, w), dh.astype(h.dtype))
+        return sums, (*_loss(top, summed, chosen, w), dh.astype(h.dtype))
 
     chunks = tuple(_token_chunks((hidden, targets, weights, rows), size))
-    empty = (jnp.zeros((len(blocks), width, length), jnp.float32),) * sum_count(operator)
+    empty = (vary_like(jnp.zeros((len(blocks), width, length), jnp.float32), hidden),) * sum_count(operator)
     sums, (losses, correct, dh) = jax.lax.scan(one_chunk, empty, chunks)
-    dhead = weight_gradient(operator, tuple(part.transpose(0, 2, 1).reshape(-1, width)[:words] for part in sums))
-    return (losses.sum(), correct.sum()), (dh.reshape(-1, width)[: len(targets)], dhead.astype(head.dtype))
+    dhead = weight_gradient(operator, tuple(part.transpose(0, 2, 1).reshape(-1, width)[:words] for part in sums), head)
+    return _sums(head, losses, correct), (dh.reshape(-1, width)[: len(targets)], dhead.astype(head.dtype))
 
 
 def _by_tokens_backward(size, saved, cotangents):
@@ -174,44 +180,54 @@ def _by_vocabulary(hidden, head, targets, weights, operator, rows, size):
 
     @jax.checkpoint
     def one_chunk(carry, block):
-        top, total, chosen, best = carry
+        top, whole, chosen, best = carry
         index, matrix = block
         word = index * len(matrix) + jnp.arange(len(matrix))
         logits = jnp.where(word < words, matmul(hidden, matrix, transposed=True), -jnp.inf)
         high = jax.lax.stop_gradient(jnp.maximum(top, logits.max(-1)))
-        total = total * jnp.exp(top - high) + jnp.exp(logits - high[:, None]).sum(-1)
+        whole = whole * jnp.exp(top - high) + jnp.exp(logits - high[:, None]).sum(-1)
         chosen = chosen + jnp.where(word == targets[:, None], logits, 0.0).sum(-1)
-        return (high, total, chosen, jnp.maximum(best, jax.lax.stop_gradient(logits.max(-1)))), None
+        return (high, whole, chosen, jnp.maximum(best, jax.lax.stop_gradient(logits.max(-1)))), None
 
-    low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
-    zero = jnp.zeros(targets.shape, jnp.float32)
-    (top, total, chosen, best), _ = jax.lax.scan(one_chunk, (low, zero, zero, low), (jnp.arange(len(blocks)), blocks))
-    losses = jnp.log(total) + top - chosen
-    return (weights * losses).sum(), (weights * (chosen >= best)).sum()
+    low, zero = (vary_like(jnp.full(targets.shape, value), hidden, targets) for value in (jnp.finfo(jnp.float32).min, jnp.float32(0)))
+    (top, whole, chosen, best), _ = jax.lax.scan(one_chunk, (low, zero, zero, low), (jnp.arange(len(blocks)), blocks))
+    losses = jnp.log(whole) + top - chosen
+    return _sums(head, weights * losses, weights * (chosen >= best))
 
 
 # --- the router's losses ----------------------------------------------------------------------------------------------------------
 
 
 def balance_loss(
-    logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", normalisation: str = "assignments"
+    logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", normalisation: str = "assignments", sequences: int = 1
 ) -> Float[Array, ""]:
     """E * sum_e f_e P_e of one layer (Fedus et al. 2021, eq. 4-6): f_e the share of the T*K assignments, P_e the mean score; 1 at balance.
 
     normalisation="topk" counts f per token, as Hugging Face and MaxText do, and is K at balance: the value times K. No gradient passes
-    through f. score="sigmoid" takes each token's sigmoid scores divided by their sum.
+    through f. score="sigmoid" takes each token's sigmoid scores divided by their sum. sequences: the tokens are so many sequences, each with a loss of
+    its own, of which this is the mean.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
+    if sequences > 1:
+        cut = (x.reshape(sequences, -1, x.shape[-1]) for x in (logits, ids))
+        return jax.vmap(lambda logits, ids: balance_loss(logits, ids, score, normalisation))(*cut).mean()
+    counts, scores = balance_parts(logits, ids, score)
+    share = counts / (ids.size if normalisation == "assignments" else ids.shape[0])
+    return logits.shape[-1] * (share * scores).sum()
+
+
+def balance_parts(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax") -> tuple[jax.Array, jax.Array]:
+    """(assignments of each expert [E], its mean score P [E], through which gradients pass): what a balance loss is made of."""
     experts = logits.shape[-1]
     counts = (ids[..., None] == jnp.arange(experts)).sum((0, 1), dtype=jnp.float32)
-    share = counts / (ids.size if normalisation == "assignments" else ids.shape[0])
-    if score == "softmax":
-        mean_score = jax.nn.softmax(logits, axis=-1).mean(0)
-    else:
-        sigmoid = jax.nn.sigmoid(logits)
-        mean_score = (sigmoid / sigmoid.sum(-1, keepdims=True)).mean(0)
-    return experts * (share * mean_score).sum()
+    scores = jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+    return counts, (scores if score == "softmax" else scores / scores.sum(-1, keepdims=True)).mean(0)
+
+
+def balance_of(counts: Float[Array, "... E"], scores: Float[Array, "... E"]) -> Float[Array, "..."]:
+    """E * sum_e f_e P_e from counts, perhaps of more tokens than the scores are of."""
+    return counts.shape[-1] * (counts / counts.sum(-1, keepdims=True) * scores).sum(-1)
 
 
 def convert_balance_weight(weight: float, k: int, source: str, target: str) -> float:

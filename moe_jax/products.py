@@ -5,7 +5,7 @@ multiplies. R rows, M inner and N outer width, G groups.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.dots import dot
+from moe_jax.manual import total
 
 # Contract axis 0 of both sides group by group: [R,M], [R,N] -> [G,M,N].
 _WEIGHT_GRADIENT = lax.RaggedDotDimensionNumbers(
@@ -38,8 +39,13 @@ def sum_count(operator: Any) -> int:
     return 1 if operator is None else operator.sum_count
 
 
-def weight_gradient(operator: Any, sums: tuple[jax.Array, ...], first: Any = 0) -> Float[Array, "..."]:
-    """The weight gradient [..., N] from its sums over all rows; first: the logical number of its first row, counted over all leading axes."""
+def weight_gradient(operator: Any, sums: tuple[jax.Array, ...], w: Array, first: Any = 0) -> Float[Array, "..."]:
+    """The gradient [..., N] of the weights w from its sums over all rows, in float32.
+
+    first: the logical number of its first row, counted over all leading axes. In a shard_map the sums of all devices that hold the same w are added up
+    first, so that an error is one of the whole result.
+    """
+    sums = tuple(total(part, w) for part in sums)
     return sums[0] if operator is None else operator.weight_gradient(sums, first)
 
 
@@ -52,52 +58,62 @@ def matmul(
     first: Any = 0,
     transposed: bool = False,
     precision: lax.Precision | None = None,
+    divided: bool = False,
 ) -> Float[Array, "... N"]:
     """x @ w in the type of x, summed and returned in float32; dX comes in the type of x, dW in that of w.
 
     sizes: w is [G, M, N] and multiplies that many rows of x [R, M] each, in order. transposed: w is [N, M]. rows: the logical numbers of x's rows;
     first: that of w's first row; both are coordinates of the operator's draws and not needed without one. precision: of the multiplications, default the
-    platform's own.
+    platform's own. divided: the compiler divides x over a mesh, which it cannot where a layout is asked for.
     """
-    return _matmul(transposed, precision, x, w, operator, rows, sizes, first)
+    return _matmul(_How(transposed, precision, divided), x, w, operator, rows, sizes, first)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(transposed: bool, precision, x, w, operator, rows, sizes, first):
-    axis = -1 if transposed else -2
+class _How(NamedTuple):
+    transposed: bool
+    precision: lax.Precision | None
+    divided: bool
 
+    @property
+    def axis(self) -> int:
+        return -1 if self.transposed else -2
+
+    def dot(self, a, b, contract_a: int, contract_b: int):
+        return dot(a, b, contract_a, contract_b, self.precision, laid=not self.divided)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(how: _How, x, w, operator, rows, sizes, first):
     def multiply(a, b):
-        return (
-            dot(a, b, a.ndim - 1, b.ndim + axis, precision)
-            if sizes is None
-            else lax.ragged_dot(a, b, sizes, preferred_element_type=jnp.float32)
-        )
+        if sizes is None:
+            return how.dot(a, b, a.ndim - 1, b.ndim + how.axis)
+        return lax.ragged_dot(a, b, sizes, preferred_element_type=jnp.float32)
 
-    return product(operator, "forward", rows, x, w.astype(x.dtype), multiply, axis)
+    return product(operator, "forward", rows, x, w.astype(x.dtype), multiply, how.axis)
 
 
-def _forward(transposed, precision, x, w, operator, rows, sizes, first):
-    return _matmul(transposed, precision, x, w, operator, rows, sizes, first), (x, w, operator, rows, sizes, first)
+def _forward(how: _How, x, w, operator, rows, sizes, first):
+    return _matmul(how, x, w, operator, rows, sizes, first), (x, w, operator, rows, sizes, first)
 
 
-def _backward(transposed: bool, precision, saved, dy):
+def _backward(how: _How, saved, dy):
     x, w, operator, rows, sizes, first = saved
-    dy, axis = dy.astype(x.dtype), -1 if transposed else -2
+    dy = dy.astype(x.dtype)
 
     def times_transpose(a, b):
         if sizes is None:
-            return dot(a, b, a.ndim - 1, b.ndim - 3 - axis, precision)
+            return how.dot(a, b, a.ndim - 1, b.ndim - 3 - how.axis)
         return lax.ragged_dot(a, b.swapaxes(-1, -2), sizes, preferred_element_type=jnp.float32)
 
     def transpose_times(a, b):
         if sizes is not None:
             return lax.ragged_dot_general(a, b, sizes, _WEIGHT_GRADIENT, preferred_element_type=jnp.float32)
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-        return dot(b, a, 0, 0, precision) if transposed else dot(a, b, 0, 0, precision)
+        return how.dot(b, a, 0, 0) if how.transposed else how.dot(a, b, 0, 0)
 
-    dx = product(operator, "grad_input", rows, dy, w.astype(x.dtype), times_transpose, axis)
-    dw = weight_gradient(operator, partial_sums(operator, x, dy, transpose_times), first)
-    return dx.astype(x.dtype), dw.astype(w.dtype), None, None, None, None
+    dx = product(operator, "grad_input", rows, dy, w.astype(x.dtype), times_transpose, how.axis)
+    dw = weight_gradient(operator, partial_sums(operator, x, dy, transpose_times), w, first)
+    return total(dx, x).astype(x.dtype), dw.astype(w.dtype), None, None, None, None
 
 
 _matmul.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ T tokens, D model width, E experts, K experts chosen per token.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +58,16 @@ def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"], dot=None) -> F
 
 
 def select(
-    logits: Float[Array, "T E"], k: int, replay_ids: Int[Array, "T K"] | None = None, bias: Float[Array, "E"] | None = None
+    logits: Float[Array, "T E"],
+    k: int,
+    replay_ids: Int[Array, "T K"] | None = None,
+    bias: Float[Array, "E"] | None = None,
+    top_k: Callable = jax.lax.top_k,
 ) -> Int[Array, "T K"]:
     """The k experts of each token, in descending score; a tie goes to the lower expert id. No gradient passes.
 
     replay_ids: recorded experts, returned as they are. bias: selection bias [E], added to the scores here and nowhere else (DeepSeek-V3,
-    2.1.2). Raises ValueError when k exceeds the number of experts.
+    2.1.2). top_k: as jax.lax.top_k, for rows that are divided over devices. Raises ValueError when k exceeds the number of experts.
     """
     experts = logits.shape[-1]
     if not 1 <= k <= experts:
@@ -74,7 +79,7 @@ def select(
             )
         return replay_ids.astype(jnp.int32)
     scores = logits if bias is None else jax.nn.sigmoid(logits) + bias
-    return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+    return top_k(jax.lax.stop_gradient(scores), k)[1]
 
 
 def combine(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", renormalise: bool = True) -> Float[Array, "T K"]:

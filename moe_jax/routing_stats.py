@@ -7,6 +7,7 @@ T tokens, E experts, K experts chosen per token, L layers.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +35,20 @@ MARGIN_EDGES = (
 NODES, REACH = 257, 7.0  # of predicted_flips: points of its integral, and how many standard deviations from a logit it looks
 
 
-def health(logits: Float[Array, "T E"], k: int, weights: Float[Array, "T"] | None = None) -> Pairs:
+def health(logits: Float[Array, "T E"], k: int, weights: Float[Array, "T"] | None = None, top_k: Callable = jax.lax.top_k) -> Pairs:
     """Per-token quantities of a router's logits.
 
     router/entropy: of the softmax over E, in nats. router/logit_mean, router/logit_std: over the experts of a token. router/logit_offset:
     abs(mean) / std of a token's logits. The mean is their common offset, which softmax and top-k ignore and noise relative to a logit does
     not: such noise is sqrt(1 + offset**2) times as large, in rms against the logits' spread, as without offset. 0 where all logits of the
-    token are equal. router/margin: K-th minus (K+1)-th largest logit, 0 when K = E.
+    token are equal. router/margin: K-th minus (K+1)-th largest logit, 0 when K = E. top_k: as jax.lax.top_k, for rows divided over devices.
     """
     logits = jax.lax.stop_gradient(logits)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     mean, std = logits.mean(-1), logits.std(-1)
     margin = jnp.zeros(logits.shape[0])
     if k < logits.shape[-1]:
-        top, _ = _top_k(logits, k + 1)
+        top, _ = _top_k(logits, k + 1, top_k)
         margin = top[:, k - 1] - top[:, k]
     spread = std > 1e-6 * jnp.abs(mean)  # less is rounding
     per_token = {
@@ -60,7 +61,13 @@ def health(logits: Float[Array, "T E"], k: int, weights: Float[Array, "T"] | Non
     return {name: _pair(value, weights) for name, value in per_token.items()}
 
 
-def flips(clean: Float[Array, "T E"], noisy: Float[Array, "T E"], k: int, weights: Float[Array, "T"] | None = None) -> Pairs:
+def flips(
+    clean: Float[Array, "T E"],
+    noisy: Float[Array, "T E"],
+    k: int,
+    weights: Float[Array, "T"] | None = None,
+    top_k: Callable = jax.lax.top_k,
+) -> Pairs:
     """What noise on the logits did to the chosen sets, and what the margins let expect.
 
     router/flips: tokens whose set of K changed. router/boundary_variance: square of delta, the change of (K-th minus (K+1)-th) at the two
@@ -68,7 +75,7 @@ def flips(clean: Float[Array, "T E"], noisy: Float[Array, "T E"], k: int, weight
     tokens of this call. That neglects every pair but the one at the boundary (so it is low where many experts crowd there: see
     predicted_flips), that sigma_b differs between tokens, and that noise need not be Gaussian or of mean 0. Without noise it is 0.
     """
-    changed, z, squared = _boundary(clean, noisy, k, weights)
+    changed, z, squared = _boundary(clean, noisy, k, weights, top_k)
     per_token = {"router/flips": changed, "router/flips_predicted": ndtr(-z), "router/boundary_variance": squared}
     return {name: _pair(value, weights) for name, value in per_token.items()}
 
@@ -209,19 +216,19 @@ def _pair(value: Array, weights: Array | None) -> tuple[jax.Array, jax.Array]:
     return jnp.where(weights != 0, value * weights, 0.0).sum(dtype=jnp.float32), weights.sum(dtype=jnp.float32)
 
 
-def _top_k(logits, k: int):
+def _top_k(logits, k: int, top_k: Callable = jax.lax.top_k):
     """top_k for callers that slice what it gives: without the barrier XLA on a CPU sorts all E instead, nine times as slow at E = 128, K = 8."""
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(logits, k)))
+    return jax.lax.optimization_barrier(tuple(top_k(logits, k)))
 
 
-def _boundary(clean, noisy, k, weights) -> tuple[Bool[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
+def _boundary(clean, noisy, k, weights, top_k: Callable = jax.lax.top_k) -> tuple[Bool[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
     """(the set changed, margin / sigma_b with inf for no noise, delta**2) of each token."""
     clean, noisy = jax.lax.stop_gradient((clean, noisy))
     if k == clean.shape[-1]:
         zero = jnp.zeros(clean.shape[0])
         return zero > 0, zero + jnp.inf, zero
-    top, ids = _top_k(clean, k + 1)
-    changed = ~_match(ids[:, :k], jax.lax.top_k(noisy, k)[1]).any(-1).all(-1)
+    top, ids = _top_k(clean, k + 1, top_k)
+    changed = ~_match(ids[:, :k], top_k(noisy, k)[1]).any(-1).all(-1)
     moved = jnp.take_along_axis(noisy - clean, ids[:, k - 1 :], axis=-1)
     squared = (moved[:, 0] - moved[:, 1]) ** 2
     total, count = _pair(squared, weights)

@@ -46,8 +46,12 @@ def test_initial_values(dtype):
 
 
 def test_partition_maps_each_axis_by_its_name():
-    assert RULES.partition(("layers", "experts", "embed", "mlp"), (3, 8, 5, 6), SIZES) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert RULES.partition(("layers", "experts", "embed", "mlp"), (3, 8, 5, 6), SIZES) == PartitionSpec(None, "expert", None, "tensor")
     assert RULES.partition(("experts", "mlp"), (8, 6), {"expert": 4}) == PartitionSpec("expert", None)  # the mesh has no tensor axis
+    both = Rules((("experts", ("expert", "tensor")),))
+    assert both.partition(("experts", "mlp"), (8, 6), SIZES) == PartitionSpec(("expert", "tensor"), None)
+    with pytest.raises(ConfigError, match="axis 'experts' of size 12 does not divide over the mesh axes expert=4 x tensor=2"):
+        both.partition(("experts",), (12,), SIZES)
     assert Rules().partition(("experts", "mlp"), (7, 5), SIZES) == PartitionSpec(None, None)
 
 
@@ -57,7 +61,7 @@ def test_partition_refuses_a_mesh_axis_used_twice():
 
 
 def test_partition_refuses_uneven_division():
-    with pytest.raises(ConfigError, match="axis 'experts' of size 6 does not divide over mesh axis 'expert' of size 4"):
+    with pytest.raises(ConfigError, match="axis 'experts' of size 6 does not divide over the mesh axes expert=4; choose"):
         RULES.partition(("experts", "mlp"), (6, 4), SIZES)
 
 

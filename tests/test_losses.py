@@ -1,13 +1,19 @@
 """Losses against float64 NumPy and analytic gradients; the chunked cross-entropies are different programs with one answer."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import losses, routing
 from moe_jax.errors import Unsupported
 from moe_jax.keys import PASSES, Draw
+from moe_jax.losses import balance_loss, balance_of, balance_parts
+from moe_jax.mesh import MeshSpec
 from moe_jax.noise import Operator
 
 T, D, V, E, K = 22, 12, 29, 5, 2  # no chunk below divides T or V
@@ -202,3 +208,37 @@ def test_load_cv_squared_and_its_gradient_at_balance():
     assert np.isnan(jax.grad(lambda load: load.std() / load.mean())(even)).all()
     uneven = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, squares' mean 12.5: d(12.5 / 9 - 1) = 2 x / (4 * 9) - 2 * 12.5 / (4 * 27)
     np.testing.assert_allclose(jax.grad(losses.load_cv_squared)(jnp.asarray(uneven, jnp.float32)), uneven / 18 - 12.5 / 54, rtol=1e-5)
+
+
+# --- over which tokens the load is counted --------------------------------------------------------------------------------------
+
+
+def test_balance_over_each_sequence_by_hand():
+    """Two sequences of two tokens, two experts, K = 1, equal scores: each sequence is wholly on one expert, both together are balanced."""
+    logits, ids = jnp.log(jnp.array([[3.0, 1], [3, 1], [1, 3], [1, 3]])), jnp.array([[0], [0], [1], [1]])
+    assert float(balance_loss(logits, ids)) == pytest.approx(2 * (0.5 * 0.5 + 0.5 * 0.5))
+    assert float(balance_loss(logits, ids, sequences=2)) == pytest.approx(2 * (1.0 * 0.75))  # of either sequence, so of the mean
+
+
+def test_balance_over_more_tokens_than_the_scores():
+    """Counts of two micro-batches with the scores of one of them."""
+    counts, scores = balance_parts(jnp.log(jnp.array([[3.0, 1], [3, 1]])), jnp.array([[0], [0]]))
+    np.testing.assert_allclose(scores, [0.75, 0.25])
+    assert float(balance_of(counts, scores)) == pytest.approx(2 * 0.75)
+    assert float(balance_of(counts + jnp.array([0.0, 6.0]), scores)) == pytest.approx(2 * (0.25 * 0.75 + 0.75 * 0.25))
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_balance_is_the_same_on_eight_devices(sequences):
+    """Counted over all data shards before the product: a mean of the shards' losses would be another number."""
+    random = np.random.default_rng(0)
+    logits, ids = jnp.asarray(random.normal(size=(64, 4)), jnp.float32), jnp.asarray(random.integers(0, 4, (64, 2)))
+    mesh = MeshSpec(data=8).build()
+    function = jax.jit(jax.value_and_grad(functools.partial(balance_loss, sequences=sequences)))
+    alone = function(logits, ids)
+    divided = function(*jax.device_put((logits, ids), NamedSharding(mesh, PartitionSpec("data"))))
+    chex.assert_trees_all_close(divided, alone, rtol=1e-6, atol=1e-9)
+    by_shard = np.mean(
+        [balance_loss(x, i, sequences=max(1, sequences // 8)) for x, i in zip(logits.reshape(8, 8, 4), ids.reshape(8, 8, 2), strict=True)]
+    )
+    assert (abs(by_shard - alone[0]) < 1e-6) == (sequences == 8)

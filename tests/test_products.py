@@ -121,4 +121,4 @@ def test_without_an_operator_everything_is_exact():
     a, b = jnp.ones((2, 3)), jnp.ones((3, 4))
     np.testing.assert_array_equal(product(None, "forward", None, a, b, jnp.dot), a @ b)
     sums = partial_sums(None, a, b, jnp.dot)
-    assert len(sums) == sum_count(None) == 1 and weight_gradient(None, sums) is sums[0]
+    assert len(sums) == sum_count(None) == 1 and weight_gradient(None, sums, b) is sums[0]

@@ -1,25 +1,32 @@
 """Dispatch: tokens, a routing decision and experts in; the weighted sum of the experts' outputs and a count of what happened out.
 
-One contract (`base.py`), several implementations: `dense` (every expert on every token, the reference), `blocked` (sorted tiles, CPU) and `ragged` (grouped
-matmul, GPU and TPU). T tokens, D model width, K experts per token.
+One contract (`base.py`). Three ways to compute: `dense` (every expert on every token, the reference), `blocked` (sorted tiles, CPU) and `ragged` (grouped
+matmul, GPU and TPU). On a mesh these leave tokens where they are and gather the experts' weights; three others leave the weights and move tokens:
+`all_gather`, `all_to_all` and `ragged_all_to_all` (`sharded.py`), which compute as the platform does best. T tokens, D model width, K experts per token.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.dispatch.base import DispatchStats
 from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.dense import dispatch_dense
 from moe_jax.dispatch.ragged import dispatch_ragged
+from moe_jax.dispatch.sharded import EXCHANGES, dispatch_sharded
 from moe_jax.errors import nearest
 from moe_jax.experts import Experts
+from moe_jax.mesh import Layout
 from moe_jax.routing import RoutingDecision
 
-IMPLEMENTATIONS = ("dense", "blocked", "ragged")
+LOCAL = ("dense", "blocked", "ragged")
+IMPLEMENTATIONS = LOCAL + EXCHANGES
 
 __all__ = ["IMPLEMENTATIONS", "DispatchStats", "dispatch"]
 
@@ -31,26 +38,48 @@ def dispatch(
     implementation: str | Callable | None = None,
     tokens: Int[Array, "T"] | None = None,
     force: bool = False,
+    layout: Layout | None = None,
+    factor: float = 2.0,
 ) -> tuple[Float[Array, "T D"], DispatchStats]:
     """y[t] = sum_k weights[t,k] * mlp_{ids[t,k]}(x[t]), in the type of x, and the DispatchStats.
 
     implementation: a name of `IMPLEMENTATIONS`, a function (x, decision, experts, tokens) -> (y, stats), or None for the platform's own: blocked on a
-    CPU, ragged on a GPU or TPU. tokens: global token numbers, from which the
-    rows' logical numbers come; default 0..T-1. force: run an implementation on a platform where it is refused for its slowness.
+    CPU, ragged on a GPU or TPU; on a mesh that divides the experts, all_gather or all_to_all, whichever moves fewer rows. tokens: global token numbers,
+    from which the rows' logical numbers come; default 0..T-1. force: run an implementation on a platform where it is refused for its slowness.
+    layout: how x (over its tokens) and the experts lie on a mesh; None: on one device, where an exchange has nobody to exchange with. factor: of the
+    buffers of all_to_all, in mean loads; what does not fit makes the layer take all_gather, and is counted.
     Products are in the type of x with float32 sums; gradients of weights come back in the weights' type. `experts.context` gets no gradient.
     Raises ValueError for an unknown name or shapes that do not fit, NotImplementedError for what an implementation cannot do here.
     """
     _check_shapes(x, decision, experts, tokens)
-    if callable(implementation):
-        return implementation(x, decision, experts, tokens)
-    name = _platform_choice() if implementation is None else implementation
-    if name == "dense":
-        return dispatch_dense(x, decision, experts, tokens)
+    if not callable(implementation) and implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"unknown dispatch implementation {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}"
+        )
+    if factor <= 0:
+        raise ValueError(f"the buffers' factor must be above 0, got {factor}")
+    stays = callable(implementation) or implementation in LOCAL
+    local: Any = functools.partial(_local, implementation if stays else _platform_choice(), force)
+    if layout is None or not layout.all_axes:
+        y, stats = local(x, decision, experts, tokens)
+        return y.astype(x.dtype), stats
+    tokens = jnp.arange(len(x), dtype=jnp.int32) if tokens is None else tokens
+    if len(x) % layout.size(*layout.tokens):
+        raise ValueError(
+            f"{len(x)} tokens do not divide over the mesh axes {', '.join(layout.tokens)}: {layout.size(*layout.tokens)} devices"
+        )
+    exchange: Any = "" if stays else implementation
+    return dispatch_sharded(x, decision, experts, tokens, layout, exchange, local, factor, force)
+
+
+def _local(name: Any, force: bool, x, decision, experts, tokens, partial: bool = False):
+    if callable(name):
+        return name(x, decision, experts, tokens)
     if name == "blocked":
-        return dispatch_blocked(x, decision, experts, tokens)
+        return dispatch_blocked(x, decision, experts, tokens, partial=partial)
     if name == "ragged":
-        return dispatch_ragged(x, decision, experts, tokens, force=force)
-    raise ValueError(f"unknown dispatch implementation {name!r}{nearest(name, IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}")
+        return dispatch_ragged(x, decision, experts, tokens, force=force, partial=partial)
+    return dispatch_dense(x, decision, experts, tokens)
 
 
 def _platform_choice() -> str:

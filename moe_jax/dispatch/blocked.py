@@ -18,22 +18,28 @@ from moe_jax.dispatch.base import DispatchStats, row_numbers
 from moe_jax.dispatch.tiles import Tables, Tiling, make_tables
 from moe_jax.dots import dot, made_once
 from moe_jax.experts import Experts
+from moe_jax.manual import total, vary_like
 from moe_jax.products import partial_sums, product, sum_count, weight_gradient
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int | None = None, largest: int | None = None):
-    """See `dispatch`. unit, largest: the step between tile sizes and the largest of them, in rows; by default chosen from the mean load."""
-    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest)
+def dispatch_blocked(
+    x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int | None = None, largest: int | None = None, partial: bool = False
+):
+    """See `dispatch`; y is float32. unit, largest: the step between tile sizes and the largest of them, in rows; by default chosen from the mean load.
+
+    partial: whether there may be assignments that are nobody's; they cost one more unit of rows.
+    """
+    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest, partial)
     tables = make_tables(decision.ids, tiling)
     numbers = row_numbers(tokens, decision).reshape(-1)
     y = _weighted_sum(tiling, x, decision.weights, experts, tables, numbers)
-    return y, DispatchStats(tables.sizes.astype(jnp.float32), jnp.zeros((), jnp.int32), tables.padded)
+    return y, DispatchStats(tables.sizes.astype(jnp.float32), tables.padded)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbers):
-    """y [T,D] in the type of x. Differentiable in x, weights and experts.weights; experts.context gets no gradient."""
+    """y [T,D] in float32. Differentiable in x, weights and experts.weights; experts.context gets no gradient."""
     return _forward(tiling, x, weights, experts, tables, numbers)[0]
 
 
@@ -51,8 +57,8 @@ def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbe
 
     empty = {name: jnp.zeros((tiling.rows, width), x_bits.dtype) for name in names}
     carry = (empty, jnp.zeros((tiling.rows, x.shape[1]), jnp.float32))
-    saved, out = _each_tile(tiling, tables, numbers, one_tile, carry)
-    y = _combine(out, tables, weights).astype(x.dtype)
+    saved, out = _each_tile(tiling, tables, numbers, one_tile, vary_like(carry, x, experts, tables, numbers))
+    y = _combine(out, tables, weights)
     kept = out if "down" in experts.operators else None
     return y, (x, weights, experts, tables, numbers, saved, kept)
 
@@ -60,7 +66,7 @@ def _forward(tiling: Tiling, x, weights, experts: Experts, tables: Tables, numbe
 def _backward(tiling: Tiling, residuals, dy):
     """Cotangents of x, weights, experts (its weights alone), and none of the tables."""
     x, weights, experts, tables, numbers, saved, kept = residuals
-    names, x_bits, dy_bits = _inputs(experts), _bits(x), _bits(dy)
+    names, x_bits, dy_bits = _inputs(experts), _bits(x), _bits(dy.astype(x.dtype))
 
     def one_tile(rows: _Rows, carry):
         dx_out, d_weight_out, d_experts = carry
@@ -89,13 +95,20 @@ def _backward(tiling: Tiling, residuals, dy):
         jnp.zeros((tiling.rows,), jnp.float32),
         {name: (jnp.zeros(w.shape, jnp.float32),) * sum_count(experts.operators.get(name)) for name, w in experts.weights.items()},
     )
-    dx_rows, d_weight, d_experts = _each_tile(tiling, tables, numbers, one_tile, carry)
-    dx = _combine(dx_rows, tables, jnp.ones_like(weights)).astype(x.dtype)
-    d_weights = _take(d_weight, tables.row_of).reshape(weights.shape).astype(weights.dtype)
+    dx_rows, d_weight, d_experts = _each_tile(tiling, tables, numbers, one_tile, vary_like(carry, x, experts, tables, numbers, dy))
+    dx = total(_combine(dx_rows, tables, jnp.ones_like(weights)), x).astype(x.dtype)
+    d_weights = total(_take(d_weight, tables.row_of).reshape(weights.shape), weights).astype(weights.dtype)
     found = {
-        name: weight_gradient(experts.operators.get(name), sums).astype(experts.weights[name].dtype) for name, sums in d_experts.items()
+        name: weight_gradient(experts.operators.get(name), sums, w, experts.first_row(name)).astype(w.dtype)
+        for (name, sums), w in zip(d_experts.items(), (experts.weights[name] for name in d_experts), strict=True)
     }
-    return dx, d_weights, dataclasses.replace(experts, weights=found, operators=dict.fromkeys(experts.operators), context=None), None, None
+    return (
+        dx,
+        d_weights,
+        dataclasses.replace(experts, weights=found, operators=dict.fromkeys(experts.operators), context=None, first=None),
+        None,
+        None,
+    )
 
 
 _weighted_sum.defvjp(_forward, _backward)
@@ -146,10 +159,10 @@ def _product(experts: Experts, name: str, pass_: str, rows: _Rows, a):
 def _accumulate(experts: Experts, d_experts: dict, name: str, rows: _Rows, a, b) -> dict:
     """d_experts with the sums of a^T b over the tile's rows set or added for the tile's expert."""
     totals = []
-    for sums, total in zip(d_experts[name], partial_sums(experts.operators.get(name), a, b, lambda a, b: dot(a, b, 0, 0)), strict=True):
+    for sums, part in zip(d_experts[name], partial_sums(experts.operators.get(name), a, b, lambda a, b: dot(a, b, 0, 0)), strict=True):
         if not rows.sets:
-            total = total + lax.dynamic_index_in_dim(sums, rows.expert, keepdims=False)
-        totals.append(lax.dynamic_update_index_in_dim(sums, total, rows.expert, 0))
+            part = part + lax.dynamic_index_in_dim(sums, rows.expert, keepdims=False)
+        totals.append(lax.dynamic_update_index_in_dim(sums, part, rows.expert, 0))
     return {**d_experts, name: tuple(totals)}
 
 

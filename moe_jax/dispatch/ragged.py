@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from moe_jax.dispatch.base import DispatchStats, row_numbers, sort_by_expert
 from moe_jax.experts import Experts, expert_mlp
+from moe_jax.manual import vary_like
 from moe_jax.products import matmul
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None, force: bool = False):
-    """See `dispatch`. force: run on a CPU all the same.
+def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None, force: bool = False, partial: bool = False):
+    """See `dispatch`; y is float32. force: run on a CPU all the same. partial: whether there may be assignments that are nobody's.
 
     Raises NotImplementedError on a CPU without `force`.
     """
@@ -30,13 +31,13 @@ def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None,
     numbers = row_numbers(tokens, decision).reshape(-1)[order]
 
     def grouped_dot(rows, name):
-        return matmul(rows, experts.weights[name], experts.operators.get(name), numbers, sizes)
+        return matmul(rows, experts.weights[name], experts.operators.get(name), numbers, sizes, experts.first_row(name))
 
-    x_rows = _permute(jnp.broadcast_to(x[:, None], (count, slots, width)).reshape(-1, width), order, place)
-    out = _permute(expert_mlp(x_rows, numbers, experts, grouped_dot), place, order).reshape(count, slots, width)
-    y = (decision.weights[..., None] * out).sum(1).astype(x.dtype)
-    zero = jnp.zeros((), jnp.int32)
-    return y, DispatchStats(sizes.astype(jnp.float32), zero, zero)
+    x_rows = _permute(vary_like(jnp.broadcast_to(x[:, None], (count, slots, width)).reshape(-1, width), order), order, place)
+    # what a grouped product leaves in the rows of no group, and in their gradients, is not said
+    known = (lambda rows: jnp.where((jnp.arange(order.size) < sizes.sum())[:, None], rows, 0)) if partial else lambda rows: rows
+    out = _permute(known(expert_mlp(known(x_rows), numbers, experts, grouped_dot)), place, order).reshape(count, slots, width)
+    return (decision.weights[..., None] * out).sum(1), DispatchStats(sizes.astype(jnp.float32))
 
 
 @jax.custom_vjp

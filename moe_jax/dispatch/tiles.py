@@ -21,9 +21,10 @@ class Tiling:
     experts: int  # E
     unit: int
     classes: int
+    partial: bool = False  # whether assignments may be nobody's (expert E): they find a row of zeros, the last one
 
     @classmethod
-    def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None) -> "Tiling":
+    def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None, partial: bool = False) -> "Tiling":
         """A tiling for a mean load of R / E rows.
 
         unit: default a twelfth of the mean load, as a power of two from 8 to 64: padding stays near 4 % and matmuls of few rows are not split further.
@@ -32,7 +33,7 @@ class Tiling:
         if unit is None:
             unit = next(size for size in (64, 32, 16, 8, 0) if size <= assignments // experts // 12) or 8
         largest = 16 * unit if largest is None else largest
-        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)))
+        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), partial)
 
     @property
     def largest(self) -> int:
@@ -41,7 +42,8 @@ class Tiling:
     @property
     def rows(self) -> int:
         """Rows that any routing fits into: R, and at most unit - 1 more for each expert that has any."""
-        return -(-(self.assignments + min(self.experts, self.assignments) * (self.unit - 1)) // self.unit) * self.unit
+        filled = -(-(self.assignments + min(self.experts, self.assignments) * (self.unit - 1)) // self.unit)
+        return (filled + self.partial) * self.unit
 
     @property
     def tiles(self) -> int:
@@ -69,7 +71,7 @@ class Tables:
 
 
 def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
-    """The layout of one routing decision: one sort, one scatter of R scalars, and arithmetic on E and N numbers."""
+    """The layout of one routing decision: one sort, one scatter of R scalars, and arithmetic on E and N numbers. ids: 0 to E, E only if `partial`."""
     flat, unit, largest = ids.reshape(-1).astype(jnp.int32), tiling.unit, tiling.largest
     order, begins = _sort(flat, tiling.experts)
     sizes = jnp.diff(begins)
@@ -79,6 +81,8 @@ def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
 
     position = jnp.arange(tiling.assignments, dtype=jnp.int32)
     row = position + (starts - begins[:-1])[flat[order]]
+    if tiling.partial:
+        row = jnp.where(position < begins[-1], row, tiling.rows - 1)
     row_of = jnp.zeros_like(flat).at[order].set(row, unique_indices=True, mode="promise_in_bounds")
 
     counts = -(-units // tiling.classes)
@@ -98,14 +102,14 @@ def make_tables(ids: Int[Array, "T K"], tiling: Tiling) -> Tables:
         start=(starts[expert] + offset)[by_size],
         filled=jnp.clip(sizes[expert] - offset, 0, largest)[by_size],
         bounds=jnp.searchsorted(size_class[by_size], jnp.arange(tiling.classes + 3)).astype(jnp.int32),
-        padded=ends[-1] - tiling.assignments,
+        padded=ends[-1] - begins[-1],
     )
 
 
 def _sort(flat: Int[Array, "R"], experts: int, limit: int = 2**31) -> tuple[Int[Array, "R"], Int[Array, "E_plus_1"]]:
     """(order, begins): the assignments expert by expert, in token order inside one, and where each expert's begin."""
     count = flat.shape[0]
-    if count * experts < limit:  # one key that holds both numbers sorts faster than a pair
+    if count * (experts + 1) < limit:  # one key that holds both numbers sorts faster than a pair
         key = jnp.sort(flat * count + jnp.arange(count, dtype=jnp.int32))
         ranked, order = key // count, key % count
     else:

@@ -3,12 +3,14 @@
 B batch, S sequence, D model width, H heads, G key-value heads, N head width.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from moe_jax.model import blockwise
 from moe_jax.model.config import ModelConfig
@@ -18,15 +20,26 @@ from moe_jax.model.layers import RMSNorm, Scope, bias, linear, rotate, weight
 def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Array, "B S G N"], window: int | None, scope: Scope):
     """softmax(q k / sqrt(N)) v over the keys k <= q, k > q - window, softmax in float32, with dropout on the weights; returns [B, S, H, N].
 
-    Without dropout an accelerator has a fused kernel; otherwise the blocks of `blockwise`.
+    Without dropout an accelerator has a fused kernel; otherwise the blocks of `blockwise`. On a mesh each device has its sequences and heads.
     """
-    if not scope.dropout and jax.default_backend() != "cpu":
+    numbers = jnp.arange(q.shape[2])
+    key = scope.stream("dropout_attention") if scope.dropout else scope.key
+    rows = (scope.tokens[:, None] * q.shape[2] + numbers[:, None]).astype(jnp.int32)  # of the dropout's draws
+    function = functools.partial(_attend, window, scope.dropout)
+    if scope.layout is None:
+        return function(q, k, v, rows, key)
+    heads, groups = (scope.layout.spec("batch", None, name, None, shape=y.shape) for name, y in (("heads", q), ("kv_heads", k)))
+    each = scope.layout.spec("batch", "heads", None)
+    return scope.layout.mapped(function, (heads, groups, groups, each, PartitionSpec()), heads)(q, k, v, rows, key)
+
+
+def _attend(window: int | None, dropout: float, q, k, v, rows: Int[Array, "B H S"], key):
+    if not dropout and jax.default_backend() != "cpu":
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     repeats = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(y, repeats, axis=2) if repeats > 1 else y for y in (k, v))
-    key = scope.stream("dropout_attention") if scope.dropout else scope.key
-    return blockwise.attention(q, k, v, key, scope.tokens, window, scope.dropout)
+    return blockwise.attention(q, k, v, key, rows, window, dropout)
 
 
 class Attention(nnx.Module):

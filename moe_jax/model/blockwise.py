@@ -22,26 +22,26 @@ def attention(
     k: Float[Array, "B S H N"],
     v: Float[Array, "B S H N"],
     key: UInt32[Array, "2"],
-    tokens: Int[Array, "B S"],
+    rows: Int[Array, "B H S"],
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Float[Array, "B S H N"]:
     """softmax(q k / sqrt(N)) v over keys j <= i, j > i - window; softmax in float32, products in the type of q with float32 sums.
 
-    key, tokens: the dropout's stream and the global token numbers. Logarithms, sums and draws are the same whatever the batch is split into.
+    key, rows: the dropout's stream and its rows, global token * all heads + head. Logarithms, sums and draws are the same whatever the batch is split into.
     """
-    return _forward(q, k, v, key, tokens, window, dropout)[0]
+    return _forward(q, k, v, key, rows, window, dropout)[0]
 
 
-def _forward(q, k, v, key, tokens, window, dropout):
+def _forward(q, k, v, key, rows, window, dropout):
     def one_head(item):
         q, k, v, rows = item
         blocks = [_forward_block(q, k, v, key, rows, bounds, window, dropout) for bounds in _blocks(q.shape[0], window)]
         return tuple(jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
 
-    out, norm = _over_heads(one_head, (_split(q), _split(k), _split(v), _rows(tokens, q.shape[2])))
+    out, norm = _over_heads(one_head, (_split(q), _split(k), _split(v), rows.reshape(-1, q.shape[1])))
     out = _join(out, q)
-    return out, (q, k, v, key, tokens, out, norm)
+    return out, (q, k, v, key, rows, out, norm)
 
 
 def _forward_block(q, k, v, key, rows, bounds, window, dropout):
@@ -56,7 +56,7 @@ def _forward_block(q, k, v, key, rows, bounds, window, dropout):
 
 
 def _backward(window, dropout, saved, d_out):
-    q, k, v, key, tokens, out, norm = saved
+    q, k, v, key, rows, out, norm = saved
 
     def one_head(item):
         q, k, v, rows, out, d_out, norm = item
@@ -75,7 +75,7 @@ def _backward(window, dropout, saved, d_out):
             d_v = d_v.at[:, first:end].add(dot(d_out[part], kept, 0, 0))
         return jnp.concatenate(d_q), d_k.T, d_v.T
 
-    items = (_split(q), _split(k), _split(v), _rows(tokens, q.shape[2]), _split(out), _split(d_out), norm)
+    items = (_split(q), _split(k), _split(v), rows.reshape(-1, q.shape[1]), _split(out), _split(d_out), norm)
     return *(_join(d, q) for d in _over_heads(one_head, items)), None, None
 
 
@@ -106,11 +106,6 @@ def _drop(values, key, rows, bounds, dropout):
 def _over_heads(function, items):
     """A few heads at a time on a CPU, whose cache holds their blocks; all at once elsewhere."""
     return jax.lax.map(function, items, batch_size=4) if jax.default_backend() == "cpu" else jax.vmap(function)(items)
-
-
-def _rows(tokens, heads: int):
-    """The rows of the dropout's draws, [B*H, S]: token * H + head."""
-    return (tokens[:, None, :] * heads + jnp.arange(heads)[None, :, None]).reshape(-1, tokens.shape[1])
 
 
 def _split(x):

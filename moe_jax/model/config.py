@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,8 @@ class ModelConfig:
 
     dtypes: DTypePolicy = DTypePolicy()
     remat: str = "none"  # what a backward pass computes again: nothing, all but matmul results, or whole blocks; expert ids never
-    dispatch: str | None = None  # an implementation by name; None: picked by platform
+    dispatch: str | None = None  # an implementation by name; None: picked by platform and mesh
+    exchange_factor: float = 2.0  # buffers of dispatch="all_to_all", in mean loads; what does not fit is counted and sent by all_gather
     scan_layers: bool = True  # False: layers unrolled, for comparison
     loss_chunk: str = "tokens"  # cross-entropy in chunks of tokens (fast), of the vocabulary (small), or whole
     loss_chunk_size: int = 2048
@@ -121,6 +123,8 @@ class ModelConfig:
             raise ConfigError(f"dense_layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 < self.exchange_factor < math.inf:
+            raise ConfigError(f"exchange_factor must be finite and above 0, got {self.exchange_factor}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window must be at least 1 or none, got {self.sliding_window}")
 
@@ -153,7 +157,7 @@ class ModelConfig:
 
     def routing_hash(self) -> str:
         """16 hex digits of all that decides what the model computes, not how: the same for any dispatch, recomputation, number type or chunking."""
-        how = ("dtypes", "remat", "dispatch", "scan_layers", "loss_chunk", "loss_chunk_size")
+        how = ("dtypes", "remat", "dispatch", "exchange_factor", "scan_layers", "loss_chunk", "loss_chunk_size")
         return config_tools.digest({name: value for name, value in config_tools.config_dict(self).items() if name not in how})[:16]
 
     def resolve(self, spec: NoiseSpec) -> Noise:

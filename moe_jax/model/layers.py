@@ -5,6 +5,7 @@ B batch, S sequence, T = B*S tokens, D model width, H heads, N head width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from moe_jax import keys
 from moe_jax.axes import ParamSpec
 from moe_jax.dots import made_once
 from moe_jax.experts import ACTIVATIONS
+from moe_jax.mesh import Layout
 from moe_jax.model.bind import declare
 from moe_jax.model.config import ModelConfig
 from moe_jax.noise import Operator, SiteNoise, draws, perturb
@@ -23,7 +25,9 @@ from moe_jax.products import matmul
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("key", "fixed", "layer", "tokens", "scales"), meta_fields=("sites", "dropout", "freeze")
+    jax.tree_util.register_dataclass,
+    data_fields=("key", "fixed", "layer", "tokens", "scales"),
+    meta_fields=("sites", "dropout", "freeze", "layout", "balance"),
 )
 @dataclasses.dataclass(frozen=True)
 class Scope:
@@ -37,9 +41,20 @@ class Scope:
     dropout: float = 0.0  # 0 outside training
     fixed: Any = None  # UInt32[2] as `key` without the step, for sites whose draws are fixed
     freeze: tuple[str, ...] = ()  # of replay.FREEZES, those that act in a forward pass
+    layout: Layout | None = None  # how this batch lies on a mesh; None: on one device
+    balance: str = "microbatch"  # of losses.BALANCE_SCOPES
 
     def at(self, layer, scales) -> "Scope":
         return dataclasses.replace(self, layer=layer, scales=scales)
+
+    def laid(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """x, on a mesh divided over its sequences alone."""
+        return x if self.layout is None else self.layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    @property
+    def top_k(self) -> Callable:
+        """jax.lax.top_k; on a mesh each device's of its own rows, where the compiler would gather them all."""
+        return jax.lax.top_k if self.layout is None else self.layout.by_rows(jax.lax.top_k)
 
     def stream(self, site: str) -> UInt32[Array, "2"]:
         return keys.stream(self.key, self.layer, site, "forward")
@@ -78,7 +93,7 @@ class Scope:
 def linear(x: Float[Array, "... D"], w: Float[Array, "D F"], scope: Scope, site: str) -> Float[Array, "... F"]:
     """x @ w in x's type with float32 sums, as the scope's operator for the site computes it."""
     operator = scope.operator(site)
-    y = matmul(x, w, operator, scope.tokens).astype(x.dtype)
+    y = matmul(x, w, operator, scope.tokens, divided=scope.layout is not None).astype(x.dtype)
     return y if operator is None else made_once(y, scope.layer > -2)
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import paths
 from moe_jax.axes import ParamSpec, Rules
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, Unsupported
 from moe_jax.keys import Draw, parameter_key
 from moe_jax.losses import cross_entropy
-from moe_jax.mesh import DEFAULT_RULES
+from moe_jax.mesh import DEFAULT_RULES, Layout
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope
 from moe_jax.model.transformer import declare_decoder, layer_plan
@@ -33,7 +33,7 @@ CAPTURES = ("trace", "router_logits", "residual_ids")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("hidden", "logits", "trace", "router_logits", "aux", "load", "residual_ids", "router", "bias_load"),
+    data_fields=("hidden", "logits", "trace", "router_logits", "aux", "load", "residual_ids", "router", "bias_load", "balance"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Output:
         default_factory=dict
     )  # router/… and replay/… of each layer: (sum [L], count [L])
     bias_load: Float[Array, "L E"] | None = None  # of a model with a selection bias: the load that its update follows
+    balance: tuple[jax.Array, jax.Array] | None = (
+        None  # scope "global_batch": counts and mean scores [L, E], for a loss over more than this batch
+    )
 
 
 class Model:
@@ -63,6 +66,10 @@ class Model:
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES):
         self.config, self.mesh, self.rules = config, mesh, rules
+        if mesh is not None and mesh.shape.get("lanes", 1) > 1:
+            raise Unsupported(
+                f"a model does not go over {mesh.shape['lanes']} lanes, which are runs of their own: launch.study --lanes divides a study"
+            )
         self.specs, self._forward = declare_decoder(config)
 
     def init(self, seed: int | jax.Array = 0) -> dict[str, Any]:
@@ -86,6 +93,10 @@ class Model:
             return None
         mesh, sizes = self.mesh, dict(self.mesh.shape)
         return self._map(lambda spec: NamedSharding(mesh, self.rules.partition(spec.axes, spec.shape, sizes)))
+
+    def layout(self, batch: int) -> Layout | None:
+        """How `batch` sequences lie on the mesh; None without one."""
+        return None if self.mesh is None else Layout.of(self.mesh, batch, self.rules)
 
     def abstract(self) -> dict[str, Any]:
         """The parameters as ShapeDtypeStructs, with their shardings when there is a mesh."""
@@ -143,7 +154,9 @@ class Model:
         batch, length = tokens.shape
         rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + jnp.arange(length)
         fixed = draw.key(fixed=True) if any(noise.draws == "fixed" for _, noise in sites) else None
-        scope = Scope(draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed, check_freeze(freeze))
+        scope = Scope(
+            draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed, check_freeze(freeze), self.layout(batch)
+        )
         return scope, {site: scales[site] for site, _ in sites if site not in OUTSIDE_LAYERS}
 
     def _features(self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture, replay: Replay | None) -> Output:
@@ -163,27 +176,39 @@ class Model:
         check(replay.trace, config.moe_layers, config.num_experts, config.experts_per_token, batch, length)
 
     def loss(
-        self, params, tokens, targets, weights=None, noise=None, draw=None, train=False, capture=(), replay=None, freeze=()
+        self,
+        params,
+        tokens,
+        targets,
+        weights=None,
+        noise=None,
+        draw=None,
+        train=False,
+        capture=(),
+        replay=None,
+        freeze=(),
+        balance_scope="microbatch",
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
         """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; the rest as for `apply`.
 
-        tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all.
+        tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all. balance_scope: "microbatch" counts the load of
+        these B sequences together, on all devices; "sequence" of each by itself; "global_batch" as "microbatch", and gives `Output.balance` besides.
         """
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
+        scope = dataclasses.replace(scope, balance=balance_scope)
         out = self._features(params, tokens, scope, scales, capture, replay)
         weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
         flat = out.hidden.reshape(-1, out.hidden.shape[-1])
-        total, metrics = cross_entropy(
-            flat,
-            self.head(params),
-            targets.reshape(-1),
-            weights,
-            self.config.loss_chunk,
-            self.config.loss_chunk_size,
-            scope.operator("lm_head"),
-            scope.tokens.reshape(-1),
-        )
-        return total, metrics, out
+        arrays = (flat, self.head(params), targets.reshape(-1), weights, scope.operator("lm_head"), scope.tokens.reshape(-1))
+
+        def function(flat, head, targets, weights, operator, rows):
+            return cross_entropy(flat, head, targets, weights, self.config.loss_chunk, self.config.loss_chunk_size, operator, rows)
+
+        if scope.layout is not None:  # every device has some of the tokens and all of the head
+            rows, whole = PartitionSpec(scope.layout.tokens or None), PartitionSpec()
+            function = scope.layout.mapped(function, (rows, whole, rows, rows, whole, rows), whole)
+        with jax.named_scope("head"):
+            return *function(*arrays), out
 
     def head(self, params) -> Float[Array, "V D"]:
         """The matrix that turns hidden states into logits."""
@@ -200,7 +225,18 @@ class Model:
         each = {name: value for name, value in router.items() if name.startswith(("router/", "replay/"))}
         aux |= {name: (total.sum(), count.sum()) for name, (total, count) in each.items()}
         logits = router["logits"] if "router_logits" in capture else None
-        return Output(hidden, None, trace, logits, aux, router["load"], router.get("residual_ids"), each, router.get("bias_load"))
+        return Output(
+            hidden,
+            None,
+            trace,
+            logits,
+            aux,
+            router["load"],
+            router.get("residual_ids"),
+            each,
+            router.get("bias_load"),
+            router.get("balance"),
+        )
 
     def layers_of(self, role: str) -> dict[str, tuple[int, ...]]:
         """Path of each stacked parameter of a role -> the absolute layers that its leading axis counts."""

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import routing, routing_stats
 from moe_jax.axes import ParamSpec
-from moe_jax.dispatch import dispatch
+from moe_jax.dispatch import DispatchStats, dispatch
 from moe_jax.experts import Experts
-from moe_jax.losses import balance_loss, z_loss
+from moe_jax.losses import balance_loss, balance_parts, z_loss
 from moe_jax.model.bind import declare
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope, weight
@@ -36,10 +36,10 @@ class MoE(nnx.Module):
         self.config = config
         experts, width, inner = config.num_experts, config.d_model, config.d_expert
         self.router = weight(config, (width, experts), ("embed", "router"), "router")
-        self.up = weight(config, (experts, width, inner), ("experts", "embed", "mlp"), "expert")
-        self.down = weight(config, (experts, inner, width), ("experts", "mlp", "embed"), "expert")
+        self.up = weight(config, (experts, width, inner), ("experts", "embed", "expert_mlp"), "expert")
+        self.down = weight(config, (experts, inner, width), ("experts", "expert_mlp", "embed"), "expert")
         if config.gated:
-            self.gate = weight(config, (experts, width, inner), ("experts", "embed", "mlp"), "expert")
+            self.gate = weight(config, (experts, width, inner), ("experts", "embed", "expert_mlp"), "expert")
         if config.learned_noise:
             self.noise = declare(ParamSpec((width, experts), ("embed", "router"), "router", "zeros", dtype=config.dtypes.params))
         if config.selection_bias:
@@ -54,59 +54,69 @@ class MoE(nnx.Module):
         read = scope.perturb(flat if routed is None else routed.reshape(flat.shape), "router_input")
         if "stop_gate_gradient" in scope.freeze:
             read = jax.lax.stop_gradient(read)
-        dot = functools.partial(matmul, operator=scope.operator("router_gemm"), rows=tokens, precision=jax.lax.Precision.HIGHEST)
+        divided, exact = scope.layout is not None, jax.lax.Precision.HIGHEST
+        dot = functools.partial(matmul, operator=scope.operator("router_gemm"), rows=tokens, precision=exact, divided=divided)
         clean = routing.router_logits(read, self.router[...], dot)
         noisy = self._learned(clean, read, scope) if c.learned_noise else scope.perturb(clean, "router_logits")
         seen = functools.partial(_seen_by, scope, clean, noisy)
 
         bias = self.selection_bias[...] if c.selection_bias else None
-        live = ids = checkpoint_name(routing.select(seen("selection"), c.experts_per_token, bias=bias), ROUTING)
+        live = ids = checkpoint_name(routing.select(seen("selection"), c.experts_per_token, bias=bias, top_k=scope.top_k), ROUTING)
         if replay is not None:
             recorded = replay.recorded(c.num_experts)
             ids = replay.ids(live, recorded)
         weights = routing.combine(seen("weights"), ids, c.router_score, c.renormalise)
         weights = checkpoint_name(weights if replay is None else replay.weights(weights, recorded), ROUTING)
         decision = routing.RoutingDecision(ids, weights)
-        y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens=tokens)
+        with jax.named_scope("dispatch"):
+            y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens, layout=scope.layout, factor=c.exchange_factor)
 
         router = {
             "ids": ids.astype(routing.trace_dtype(c.num_experts)).reshape(*x.shape[:2], -1),
             "weights": weights.reshape(*x.shape[:2], -1),
             "logits": seen("selection").reshape(*x.shape[:2], -1),
-            "dropped": stats.dropped,
-            **self._followed(seen("balance"), live, ids, stats.load, replay or _LIVE, "stop_aux_gradient" in scope.freeze),
-            **routing_stats.health(seen("selection"), c.experts_per_token),
+            "dropped": jnp.asarray(stats.dropped),
+            **({} if scope.layout is None else self._exchanged(stats)),
+            **self._followed(seen("balance"), live, ids, stats.load, replay or _LIVE, scope),
+            **routing_stats.health(seen("selection"), c.experts_per_token, top_k=scope.top_k),
         }
         if any(scope.noise(site) for site in ROUTER_SITES):
             exact = clean if not any(scope.noise(site) for site in ROUTER_SITES[1:]) else routing.router_logits(flat, self.router[...])
-            router |= routing_stats.flips(exact, seen("selection"), c.experts_per_token)
+            router |= routing_stats.flips(exact, seen("selection"), c.experts_per_token, top_k=scope.top_k)
         return y.reshape(x.shape), router | ({} if replay is None else replay.counts(live, ids, recorded))
 
-    def _followed(self, logits, live, used, load, rules: Replay, stopped: bool) -> dict:
+    def _exchanged(self, stats: DispatchStats) -> dict:
+        """What moved between devices, per assignment: rows sent, buffers' overflow, rows computed for nothing."""
+        assignments = stats.load.sum()
+        rows = {"sent": stats.sent, "overflow": stats.overflow, "padded": stats.padded}
+        return {f"router/{name}": (jnp.sum(jnp.asarray(count, jnp.float32)), assignments) for name, count in rows.items()}
+
+    def _followed(self, logits, live, used, load, rules: Replay, scope: Scope) -> dict:
         """The router's losses and loads, each of its own choice or of the experts used. load: of the experts used."""
         c = self.config
 
         def by(rule: str, of_live, of_used):
             value = of_live() if rule == "live" else of_used()
-            return jnp.zeros_like(value) if rule == "off" else value
+            return jax.tree.map(jnp.zeros_like, value) if rule == "off" else value
 
-        logits = jax.lax.stop_gradient(logits) if stopped else logits
-        balance, z = (
-            (functools.partial(balance_loss, logits, ids, c.router_score) for ids in (live, used)),
-            functools.partial(z_loss, logits),
-        )
+        logits = jax.lax.stop_gradient(logits) if "stop_aux_gradient" in scope.freeze else logits
+        sequences = scope.tokens.shape[0] if scope.balance == "sequence" else 1
+        balance = (functools.partial(balance_loss, logits, ids, c.router_score, sequences=sequences) for ids in (live, used))
+        parts = (functools.partial(balance_parts, logits, ids, c.router_score) for ids in (live, used))
+        z = functools.partial(z_loss, logits)
         count = functools.partial(routing.expert_load, live, c.num_experts)
         found = {
             "balance_loss": by(rules.balance_loss, *balance),
             "z_loss": by(rules.z_loss, z, z),
             "load": by(rules.load, count, lambda: load),
         }
+        found |= {"balance": by(rules.balance_loss, *parts)} if scope.balance == "global_batch" else {}
         return found | ({"bias_load": by(rules.selection_bias, count, lambda: load)} if c.selection_bias else {})
 
-    def ids_on(self, x: Float[Array, "B S D"]) -> Int[Array, "B S K"]:
+    def ids_on(self, x: Float[Array, "B S D"], scope: Scope) -> Int[Array, "B S K"]:
         """The experts this router would choose if it read x, which it was not made for: the usage that the seed study measured."""
         logits = routing.router_logits(x.reshape(-1, x.shape[-1]), self.router[...])
-        ids = routing.select(logits, self.config.experts_per_token)
+        ids = routing.select(logits, self.config.experts_per_token, top_k=scope.top_k)
         return ids.astype(routing.trace_dtype(self.config.num_experts)).reshape(*x.shape[:2], -1)
 
     def _learned(self, clean, read, scope: Scope):

@@ -35,12 +35,14 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...], replay: Replay | None = None):
         """(x after the block, what its router did or {})."""
         entered = x
-        x = x + scope.drop(self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope), "attention_output")
+        with jax.named_scope("attention"):
+            x = x + scope.drop(self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope), "attention_output")
         read, routed = self._read_by_experts_and_router(x, scope)
-        y, router = self.feed_forward(read, scope, routed, replay)
+        with jax.named_scope("moe" if isinstance(self.feed_forward, MoE) else "mlp"):
+            y, router = self.feed_forward(scope.laid(read), scope, routed, replay)
         if "residual_ids" in capture and isinstance(self.feed_forward, MoE):
-            router["residual_ids"] = self.feed_forward.ids_on(entered)
-        return x + scope.drop(y, "feed_forward_output"), router
+            router["residual_ids"] = self.feed_forward.ids_on(entered, scope)
+        return scope.laid(x + scope.drop(y, "feed_forward_output")), router
 
     def _read_by_experts_and_router(self, x, scope: Scope):
         """(norm x, None), or norm x as the experts read it and as the router does, when the norm's noise reaches one of the two alone."""
@@ -63,10 +65,11 @@ class Ends(nnx.Module):
             self.head = weight(config, shape, axes, "head")
 
     def __call__(self, blocks: Callable, tokens: Int[Array, "B S"], scope: Scope):
-        x = self.embedding[...][tokens].astype(self.config.dtypes.compute)
+        with jax.named_scope("embedding"):
+            x = self.embedding[...][tokens].astype(self.config.dtypes.compute)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
-        x, router = blocks(scope.drop(scope.perturb(x, "embedding"), "embedding"))
+        x, router = blocks(scope.laid(scope.drop(scope.perturb(x, "embedding"), "embedding")))
         return scope.drop(self.norm_final(x, scope, "norm_final"), "final"), router
 
 
@@ -117,27 +120,34 @@ def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
         def through_blocks(x):
             found = []
             for segment in plan:
-                x, outputs = _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture, replay)
+                x, outputs = _through_segment(config, gathering, segment, params, x, positions, scope, scales, capture, replay)
                 found.extend((stack.layers, output) for stack, output in zip(segment, outputs, strict=True) if output)
             return x, _in_layer_order(found)
 
-        own = {name: value for name, value in params.items() if name in ends_specs}
+        def gathering(moe: bool, layer_params, *args):
+            return blocks[moe](_gathered(scope, layer_params, block_specs[moe]), *args)
+
+        own = _gathered(scope, {name: value for name, value in params.items() if name in ends_specs}, ends_specs)
         return ends(own, through_blocks, tokens, scope)
 
     return specs, forward
 
 
-def _through_segment(config, blocks, segment, params, x, positions, scope, scales, capture, replay):
+def _gathered(scope: Scope, params, specs):
+    return params if scope.layout is None else scope.layout.gathered(params, specs)
+
+
+def _through_segment(config, block, segment, params, x, positions, scope, scales, capture, replay):
     """x through one segment, and for each of its stacks what the routers did, with a leading axis of that stack's layers."""
 
     def step(x, per_layer):
         outputs = []
         for stack, (layer_params, layer, layer_scales, routes) in zip(segment, per_layer, strict=True):
-            x, output = blocks[stack.moe](layer_params, x, positions, scope.at(layer, layer_scales), capture, routes)
+            x, output = block(stack.moe, layer_params, x, positions, scope.at(layer, layer_scales), capture, routes)
             outputs.append(output)
         return x, outputs
 
-    step = remat(step, config.remat)
+    step = remat(step, config.remat, scope.layout is not None and scope.layout.size("fsdp") > 1)
     per_layer = [
         (
             params[stack.name],
@@ -164,12 +174,16 @@ def _routes_of(config: ModelConfig, stack: Stack, replay: Replay | None) -> Repl
     return jax.tree.map(lambda x: jnp.asarray(x)[rows], replay)
 
 
-def remat(step: Callable, policy: str) -> Callable:
-    """The step with a policy of what its backward pass computes again; the routing is saved under each."""
+def remat(step: Callable, policy: str, gathers: bool = False) -> Callable:
+    """The step with a policy of what its backward pass computes again; the routing is saved under each.
+
+    gathers: it brings together parameters that are stored in parts. A backward pass that keeps everything would keep those of all layers, so "none" is
+    "dots" there.
+    """
     names = jax.checkpoint_policies.save_only_these_names(ROUTING)
-    if policy == "none":
+    if policy == "none" and not gathers:
         return step
-    if policy == "dots":
+    if policy in ("none", "dots"):
         names = jax.checkpoint_policies.save_from_both_policies(names, jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.checkpoint(step, policy=names)
 

@@ -60,6 +60,13 @@ class Operator:
         total = (multiply(a, b),)
         return total if self.sum_count == 1 else (*total, multiply(_square(a), _square(b)))
 
+    def in_parts(self) -> "Operator | None":
+        """This operator for a part of the rows, where `weight_gradient` follows on the sum of the parts' gradients; None when it needs all rows at once."""
+        if self.kind == "quantise":
+            return self
+        rest = tuple(name for name in self.passes if name != "grad_weight")
+        return None if self.sum_count > 1 else dataclasses.replace(self, passes=rest)
+
     def weight_gradient(self, sums: tuple[jax.Array, ...], first):
         """See products.weight_gradient."""
         if "grad_weight" not in self.passes or self.kind == "quantise":

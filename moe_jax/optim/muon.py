@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from moe_jax.errors import ConfigError, nearest
@@ -148,6 +149,8 @@ def scale_by_muon(
     dtype: str = "float32",
     eps: float = 1e-7,
     batch: str | None = None,
+    mesh: Mesh | None = None,
+    places: Any = None,
 ) -> optax.GradientTransformation:
     """Muon's direction for every leaf, without learning rate or weight decay.
 
@@ -158,13 +161,23 @@ def scale_by_muon(
     hundreds of updates, because orthogonalising undoes the decay of its momentum; under "skip" it gets no update. Its momentum
     decays under both.
     dimension_numbers: one for every leaf, or a tree of them shaped as the parameters; axes that they do not name count matrices.
-    steps, coefficients, form, dtype, eps, batch: see `orthogonalise`.
+    steps, coefficients, form, dtype, eps, batch: see `orthogonalise`. mesh, places: where the devices of a mesh divide the matrices among them, and a tree
+    of pairs of PartitionSpecs: how each parameter is stored, and how its axes [stack..., in, out] lie while a device has its matrices whole, and no others.
     """
     _known("dead", dead, ("keep", "skip"))
 
-    def direction(mixed, gradient, numbers):
+    def solve(matrices):
+        return orthogonalise(matrices, steps, coefficients, form, dtype, eps, batch)
+
+    def direction(mixed, gradient, numbers, place):
+        own = solve
+        if mesh is not None:
+            # mixed where it is stored, or the compiler would move both that it is made of
+            mixed = lax.with_sharding_constraint(mixed, NamedSharding(mesh, place[0]))
+            own = jax.shard_map(solve, mesh=mesh, in_specs=place[1], out_specs=place[1])
         matrices, restore = as_matrices(mixed, numbers)
-        update = orthogonalise(matrices, steps, coefficients, form, dtype, eps, batch) * shape_scale(matrices.shape, consistent_rms)
+        with jax.named_scope("orthogonalise"):
+            update = own(matrices) * shape_scale(matrices.shape, consistent_rms)
         if dead == "skip":
             update = update * jnp.any(as_matrices(gradient, numbers)[0] != 0, axis=(-2, -1), keepdims=True)
         return restore(update).astype(mixed.dtype)
@@ -179,7 +192,8 @@ def scale_by_muon(
         mixed = _mix(momentum, gradients, beta, nesterov, count if bias_correction else None)
         one = isinstance(dimension_numbers, MuonDimensionNumbers)
         numbers = jax.tree.map(lambda _: dimension_numbers, gradients) if one else dimension_numbers
-        return jax.tree.map(direction, mixed, gradients, numbers), MuonState(count, momentum)
+        where = jax.tree.map(lambda _: None, gradients) if mesh is None else places
+        return jax.tree.map(direction, mixed, gradients, numbers, where), MuonState(count, momentum)
 
     return optax.GradientTransformation(init, update)
 

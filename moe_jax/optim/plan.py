@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from moe_jax.axes import ROLES, STACK_AXES, ParamSpec
+from moe_jax.axes import ROLES, STACK_AXES, ParamSpec, Rules
 from moe_jax.errors import ConfigError, nearest
+from moe_jax.mesh import DEFAULT_RULES
 from moe_jax.optim import muon, schedules
 from moe_jax.paths import flatten, unflatten
 
@@ -98,6 +100,26 @@ class LeafPlan:
         axes = (self.dimension_numbers.reduction_axis, self.dimension_numbers.output_axis)
         rows, columns = (self.shape[axis] for axis in axes)  # type: ignore[index]
         return f"{self.size // (rows * columns)} x {rows}x{columns}"
+
+    def places(self, rules: Rules, mesh_shape: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
+        """How a mesh divides a Muon leaf in storage, and as [stack..., in, out] while its matrices are orthogonalised: each whole on one device.
+
+        Experts lie where they are stored. Layers go over as many of the other axes as divide them, those that cut the matrices in storage first: then a
+        matrix is brought together on one device instead of on all, and no device works on a matrix that another has.
+        """
+        matrix = [int(axis) % len(self.shape) for axis in (self.dimension_numbers or ())]  # type: ignore[arg-type]
+        stack = [(name, size) for index, (name, size) in enumerate(zip(self.axes, self.shape, strict=True)) if index not in matrix]
+        fixed = rules.partition(tuple(name for name, _ in stack), tuple(size for _, size in stack), mesh_shape)
+        used = {axis for part in fixed for axis in ((part,) if isinstance(part, str) else part or ())}
+        parts = list(fixed)
+        for index, (name, size) in enumerate(stack):
+            over: tuple[str, ...] = ()
+            for axis in ("fsdp", "tensor", "expert", "data") if name == "layers" else ():
+                length = mesh_shape.get(axis, 1)
+                if length > 1 and axis not in used and size % length == 0:
+                    over, size = (*over, axis), size // length
+            parts[index] = over or fixed[index]
+        return rules.partition(self.axes, self.shape, mesh_shape), PartitionSpec(*parts, None, None)
 
 
 def plan(specs: Mapping[str, Any], config: OptimizerConfig) -> "Plan":
@@ -187,13 +209,14 @@ class Plan:
         flat = flatten(updates)
         return {leaf.path: muon.matrix_rms(flat[leaf.path], leaf.dimension_numbers) for leaf in self.leaves if leaf.dimension_numbers}
 
-    def transformation(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> optax.GradientTransformationExtraArgs:
         """Clip, then Muon, AdamW or nothing by label. `init` raises ConfigError for parameters that the plan does not cover.
 
-        Frozen leaves get no state, no decay, no share in the clip, and updates that leave every bit as it was.
+        Frozen leaves get no state, no decay, no share in the clip, and updates that leave every bit as it was. mesh, rules: where the parameters lie.
         """
-        rules: dict[Hashable, optax.GradientTransformation] = {"muon": self._muon(), "adamw": self._adamw(), "frozen": _leave_alone()}
-        parts = [optax.partition(rules, self.labels())]
+        by_label: dict[Hashable, optax.GradientTransformation] = {"muon": self._muon(mesh, rules), "adamw": self._adamw()}
+        by_label["frozen"] = _leave_alone()
+        parts = [optax.partition(by_label, self.labels())]
         if self.config.clip_norm is not None:
             parts.insert(0, optax.masked(optax.stateless(self._clip), self.trainable()))
         chain = optax.chain(*parts)
@@ -241,7 +264,7 @@ class Plan:
         factor = jnp.minimum(1.0, (self.config.clip_norm or math.inf) / self.global_norm(gradients))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
 
-    def _muon(self) -> optax.GradientTransformation:
+    def _muon(self, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
         config = self.config
         direction = muon.scale_by_muon(
             beta=config.momentum,
@@ -252,6 +275,8 @@ class Plan:
             form=config.ns_form,
             dtype=config.ns_dtype,
             batch=config.ns_batch,
+            mesh=mesh,
+            places=None if mesh is None else self._masked_to("muon", lambda leaf: leaf.places(rules, dict(mesh.shape))),
         )
         return optax.chain(direction, self._decay("muon"), optax.scale_by_learning_rate(self._rate(config.learning_rate)))
 

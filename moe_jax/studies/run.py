@@ -1,5 +1,7 @@
 """Runs a declared study: what its ledger lacks, cells of one structure through one compiled program, resumed by running again.
 
+One run after the other, or several at a time in lanes, each on a device, with the same numbers.
+
 Above the rest of moe_jax.studies: this file imports jax.
 """
 
@@ -7,18 +9,20 @@ import dataclasses
 import functools
 import re
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.errors import NonFinite, Stopped
+from moe_jax.errors import ConfigError, NonFinite, Stopped
 from moe_jax.studies.design import Design
 from moe_jax.studies.ledger import Ledger, Run
 from moe_jax.train.data import Data, build, load_corpus
+from moe_jax.train.lanes import Lanes
 from moe_jax.train.loop import RunConfig, provenance, run
 from moe_jax.train.program import Program
 from moe_jax.train.writers import Progress
@@ -64,41 +68,69 @@ def run_study(
     stop: Callable[[], bool] = lambda: False,
     retry_failed: bool = False,
     keep_checkpoints: bool = False,
+    lanes: int = 1,
 ) -> Outcome:
     """Runs what is missing and appends each run to WORKDIR/ledger.jsonl as it ends.
 
     A run that meets a non-finite value is a failed row and the study goes on; any other error is a failed row and is raised. A killed
-    study loses at most the updates since the last checkpoint of one run, and ends in the same numbers.
+    study loses at most the updates since the last checkpoint of each run under way, and ends in the same numbers.
+
+    lanes: how many runs of equal structure go at a time, on as many devices as there are; what they share is prepared one after the other before. An
+    error is raised when the runs beside it have ended. Raises ConfigError below 1, Unsupported for several processes.
     """
+    if lanes < 1:
+        raise ConfigError(f"lanes must be at least 1, got {lanes}")
     began = time.monotonic()
     ledger = Ledger.open(workdir, experiment.design)
     waiting = todo(ledger, retry_failed)
-    shared = Workshop(workdir.absolute(), stop)
-    failed = 0
-    configs = [experiment.config(cell, seed) for cell, seed in waiting]
-    with Progress(sum(config.updates for config in configs), label=experiment.name) as progress:
-        base = 0
-        for (cell, seed), config in zip(waiting, configs, strict=True):
-            folder = workdir / "cells" / cell_name(cell, seed)
-            config = experiment.prepare(shared, config) if experiment.prepare else config
-            row, error = _one(experiment, config, cell, seed, folder, shared, _Part(progress, base), stop)
+    shared = Workshop(workdir.absolute(), stop, lanes)
+    jobs = [_Job(cell, seed, experiment.config(cell, seed)) for cell, seed in waiting]
+    failed, lock = 0, threading.Lock()
+
+    def work(job: _Job, part: "_Part", program: Program) -> None:
+        nonlocal failed
+        folder = workdir / "cells" / cell_name(job.cell, job.seed)
+        row, error = _one(experiment, *job, folder, shared, program, part, stop)
+        with lock:
             ledger.append(row)
-            if error is not None:
-                raise error
             failed += row.status == "failed"
-            base += config.updates
-            if row.status == "finished" and not keep_checkpoints:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if error is not None:
+            raise error
+        part.update(job.config.updates)
+        if row.status == "finished" and not keep_checkpoints:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    with Progress(sum(job.config.updates for job in jobs), label=experiment.name) as progress:
+        steps: Counter[str] = Counter()
+        for group in _groups(jobs, lanes):
+            prepared = [job._replace(config=experiment.prepare(shared, job.config)) if experiment.prepare else job for job in group]
+            for alike in _groups(prepared, lanes):
+                parts = [_Part(progress, steps, lock, cell_name(job.cell, job.seed)) for job in alike]
+                shared.together(alike[0].config, [functools.partial(work, *both) for both in zip(alike, parts, strict=True)])
     return Outcome(len(waiting) - failed, failed, shared.compiled(), time.monotonic() - began)
 
 
-def _one(experiment, config, cell, seed, folder, shared: "Workshop", progress, stop) -> tuple[Run, Exception | None]:
+class _Job(NamedTuple):
+    cell: dict[str, Any]
+    seed: int
+    config: RunConfig
+
+
+def _groups(jobs: list[_Job], size: int) -> list[list[_Job]]:
+    """Jobs that go together: up to `size` of equal structure, in their order."""
+    alike: dict[Any, list[_Job]] = {}
+    for index, job in enumerate(jobs):
+        alike.setdefault(index if size == 1 else job.config.structure(), []).append(job)
+    return [some[first : first + size] for some in alike.values() for first in range(0, len(some), size)]
+
+
+def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, progress, stop) -> tuple[Run, Exception | None]:
     """The run's row, and the error to raise once the row is in the ledger."""
     began = time.monotonic()
     data = shared.data(config)
     where = provenance(config, data)
     try:
-        result = run(config, shared.program(config), data, folder, progress, stop)
+        result = run(config, program, data, folder, progress, stop)
     except Stopped:
         raise
     except Exception as error:
@@ -122,11 +154,14 @@ def cell_name(cell: Mapping[str, Any], seed: int) -> str:
 class Workshop:
     """What the runs of a study have in common: its folder, when to stop, the text, and one program for each structure."""
 
-    def __init__(self, folder: Path, stop: Callable[[], bool] = lambda: False):
-        self.folder, self.stop = folder, stop
+    def __init__(self, folder: Path, stop: Callable[[], bool] = lambda: False, lanes: int = 1):
+        self.folder, self.stop, self._count = folder, stop, lanes
         self._programs: dict[tuple, Program] = {}
+        self._lanes: dict[tuple, Lanes] = {}
+        self._lock = threading.RLock()  # two lanes would both make what one makes for all
         corpus = functools.cache(load_corpus)
-        self._data = functools.lru_cache(maxsize=1)(lambda data, seed: build(data, seed, corpus=corpus(data)))  # runs go seed by seed
+        # runs go seed by seed, and each of those under way has one
+        self._data = functools.lru_cache(maxsize=lanes)(lambda data, seed: build(data, seed, corpus=corpus(data)))
 
     def program(self, config: RunConfig) -> Program:
         structure = config.structure()
@@ -134,8 +169,20 @@ class Workshop:
             self._programs[structure] = config.program()
         return self._programs[structure]
 
+    def together(self, config: RunConfig, jobs: list[Callable[[Program], None]]) -> None:
+        """Does jobs of the structure of `config`, all at a time; raises the first unforeseen error, or that the study was stopped, when all have ended."""
+        program, structure = self.program(config), config.structure()
+        if self._count == 1:
+            return jobs[0](program)
+        if structure not in self._lanes:
+            self._lanes[structure] = Lanes(program, self._count)
+        errors = [error for error in self._lanes[structure].run(jobs) if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+
     def data(self, config: RunConfig) -> Data:
-        return self._data(config.data, config.data_seed)
+        with self._lock:
+            return self._data(config.data, config.data_seed)
 
     def compiled(self) -> Counter[str]:
         return sum((program.compiled for program in self._programs.values()), Counter())
@@ -143,13 +190,18 @@ class Workshop:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The progress of one run, which began after `base` updates, as a part of the study's."""
+    """The progress of one run as a part of the study's, which is the sum of all runs' `steps`."""
 
     progress: Progress
-    base: int
+    steps: Counter[str]
+    lock: threading.Lock
+    name: str
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
-        self.progress.update(self.base + step, metrics, tokens)
+        with self.lock:
+            self.steps[self.name] = step
+            if tokens:
+                self.progress.update(self.steps.total(), metrics, tokens)
 
 
 def describe_devices() -> str:

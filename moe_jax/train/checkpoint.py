@@ -2,13 +2,18 @@
 
     FOLDER/12/state/…        the leaves, by orbax (zarr in OCDBT; readable without this code)
     FOLDER/12/manifest.json  written last: sha256 of every file, shape and dtype of every leaf, config, data fingerprint, extra
-    FOLDER/.saving-12        a save that has not finished; swept by the next save
+    FOLDER/.saving-12.ab…    a save that has not finished; swept by the next save
     FOLDER/12.damaged        a step that failed verification: set aside, never deleted
 
-Orbax writes under `.saving-12`; the manifest is added, everything is flushed to the disk, and one rename makes the step appear. So
+Orbax writes under `.saving-12…`; the manifest is added, everything is flushed to the disk, and one rename makes the step appear. So
 a folder named by a number is whole, or has been damaged since. Orbax alone returns flipped bits without a word and casts to
 whatever dtype is asked for; here both are refused. Its CheckpointManager is not used: its cached list of steps can name a step that
 was never finished, it skips saves in silence, and the retention it adds is one loop.
+
+With several processes, on a file system that all see, each writes and reads the shards of its own devices, and process 0 does the rest.
+Orbax's Checkpointer is not used either: at its barriers, which are computations on all devices, the others would wait for ever for a
+process whose disk is full. Here every stage ends when all have done it, and an error anywhere is raised everywhere. A save that was cut off
+may go on for a moment in a process that outlives its job, so its folder has a name of its own and is no other save's.
 
 Compression is off: it doubles the time (1.2 GB: about 3 s to save on two CPU cores, sha256 0.7 s of it) to save 12 % of the disk.
 """
@@ -16,9 +21,12 @@ Compression is off: it doubles the time (1.2 GB: about 3 s to save on two CPU co
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import distributed
 from moe_jax.config_tools import config_dict, differences, digest
 from moe_jax.errors import CheckpointError, ConfigError, MoeJaxWarning
 from moe_jax.train.run_folder import some, sync_folder, write_atomic
@@ -45,16 +54,14 @@ class Checkpoints:
     """The checkpoints of one run in one folder, the newest `keep` of them.
 
     `config` is the run's config and `data_fingerprint` names the exact data (sources, tokenizer, split): a checkpoint made with
-    others is refused. One process at a time may save (hold the run folder's lock); reading beside it is safe.
+    others is refused. One job at a time may save (hold the run folder's lock); reading beside it is safe.
 
-    Raises NotImplementedError in a run of several processes: the manifest would need their agreement.
+    Every process of a job calls each method, in one order and with the same arguments; all get the same answer or error.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: Any, data_fingerprint: str, keep: int = 2):
         if keep < 1:
             raise ConfigError(f"checkpoints to keep must be at least 1, was given {keep}")
-        if jax.process_count() > 1:
-            raise NotImplementedError(f"checkpoints are written by one process; this run has {jax.process_count()}")
         self.folder = Path(folder).absolute()
         self._config = config_dict(config)
         self._data_fingerprint = data_fingerprint
@@ -62,6 +69,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint here, oldest first. Whether each is intact is known once it is read."""
+        return distributed.on_first(self._steps)
+
+    def _steps(self) -> list[int]:
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
@@ -73,35 +83,21 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Writes `state` (any pytree of arrays) and `extra` (plain JSON); when this returns, the step is on the disk.
 
-        A step that is already here is replaced whole. Afterwards only the newest `keep` remain.
+        A step that is already here is replaced whole. Afterwards only the newest `keep` remain. What is not a global array is taken from process 0.
         Raises CheckpointError, with the earlier steps untouched, when a later step exists or the disk refuses.
         """
         latest = self.latest()
         if latest is not None and step < latest:
             raise CheckpointError(f"cannot save step {step} in {self.folder}: step {latest} is already there")
-        partial = self.folder / f".saving-{step}"
         leaves, extra = _leaves(state), _plain(extra or {})
+        saving = self.folder / distributed.share(f".saving-{step}.{secrets.token_hex(8)}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            partial.mkdir()
-            _orbax_save(partial / _STATE, leaves)
-            body = {
-                "schema": SCHEMA,
-                "step": step,
-                "config": self._config,
-                "config_digest": digest(self._config),
-                "data_fingerprint": self._data_fingerprint,
-                "leaves": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves.items()},
-                "extra": extra,
-                "files": _flush_and_hash(partial),
-            }
-            write_atomic(partial / _MANIFEST, json.dumps({"sha256": _body_hash(body), "body": body}) + "\n")
-            self._publish(partial, step)
+            distributed.on_first(lambda: self._begin(saving))
+            distributed.on_all(lambda: _orbax_save(saving / _STATE, leaves))
+            distributed.on_first(lambda: self._finish(saving, step, leaves, extra))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._save_failure(step, leaves, error)) from error
-        self._prune()
+            raise CheckpointError(distributed.on_first(lambda: self._abandon(saving, step, leaves, error))) from error
+        distributed.on_first(self._prune)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """(state, extra, step): the newest good checkpoint, or exactly `step`, as a tree like `abstract_state`.
@@ -113,16 +109,21 @@ class Checkpoints:
         Raises CheckpointError when no good step is left, or the data fingerprint, a shape, a dtype or the tree differs;
         ConfigError when the config differs. Those are not damage: nothing is renamed.
         """
-        if step is not None and step not in self.steps():
-            raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; it has {_list(self.steps()) or 'none'}")
+        found, manifest = distributed.on_first(lambda: self._choose(step))
+        return distributed.on_all(lambda: self._load(found, manifest, abstract_state)), manifest["extra"], found
+
+    def _choose(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """The step to restore and its manifest; what is damaged is set aside."""
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; it has {_list(steps) or 'none'}")
         damaged = []
-        for candidate in [step] if step is not None else reversed(self.steps()):
+        for candidate in [step] if step is not None else reversed(steps):
             try:
-                manifest = self.manifest(candidate)
+                manifest = self._manifest(candidate)
+                return candidate, {name: said for name, said in manifest.items() if name != "files"}  # the others need not hear of those
             except _Damaged as error:
                 damaged.append(self._set_aside(candidate, str(error)))
-            else:
-                return self._load(candidate, manifest, abstract_state), manifest["extra"], candidate
         raise CheckpointError("; ".join(damaged) or f"no checkpoint in {self.folder}")
 
     def manifest(self, step: int) -> dict[str, Any]:
@@ -130,17 +131,42 @@ class Checkpoints:
 
         Raises CheckpointError naming the file that is damaged.
         """
+        return distributed.on_first(lambda: self._manifest(step))
+
+    def _manifest(self, step: int) -> dict[str, Any]:
         try:
             return _verified_manifest(self.folder / str(step), step)
         except _Damaged as error:
             raise _Damaged(f"checkpoint step {step} in {self.folder} is damaged: {error}") from None
 
-    def _publish(self, partial: Path, step: int) -> None:
+    def _begin(self, saving: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        (saving / _STATE / "array_metadatas").mkdir(
+            parents=True
+        )  # orbax's other processes wait for process 0 to make it: 10 minutes if it failed
+
+    def _finish(self, saving: Path, step: int, leaves: Mapping[str, Any], extra: Any) -> None:
+        _orbax_finish(saving / _STATE)
+        body = {
+            "schema": SCHEMA,
+            "step": step,
+            "config": self._config,
+            "config_digest": digest(self._config),
+            "data_fingerprint": self._data_fingerprint,
+            "leaves": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves.items()},
+            "extra": extra,
+            "files": _flush_and_hash(saving),  # for other machines' shards tensorstore has done the flushing
+        }
+        write_atomic(saving / _MANIFEST, json.dumps({"sha256": _body_hash(body), "body": body}) + "\n")
+        self._publish(saving, step)
+
+    def _publish(self, saving: Path, step: int) -> None:
         """One rename makes the step appear. A step that is being replaced waits under another name until then."""
         final, replaced = self.folder / str(step), self.folder / f".replaced-{step}"
         if final.exists():
             final.rename(replaced)
-        partial.rename(final)
+        saving.rename(final)
         sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -155,16 +181,18 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
-        for step in self.steps()[: -self._keep]:
+        for step in self._steps()[: -self._keep]:
             # Renamed first, so that a reader, or a kill in the middle, never sees half a step under its number.
             doomed = self.folder / f".deleting-{step}"
             (self.folder / str(step)).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def _save_failure(self, step: int, leaves: Mapping[str, Any], error: Exception) -> str:
+    def _abandon(self, saving: Path, step: int, leaves: Mapping[str, Any], error: Exception) -> str:
+        """Removes what a failed save has left; returns the line that says so."""
+        shutil.rmtree(saving, ignore_errors=True)
         needed = sum(leaf.nbytes for leaf in leaves.values())
         free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
-        kept = f"; earlier checkpoints are intact: {_list(self.steps())}" if self.steps() else ""
+        kept = f"; earlier checkpoints are intact: {_list(self._steps())}" if self._steps() else ""
         return f"cannot save step {step} in {self.folder} ({needed:,} bytes needed, {free:,} free): {_first_line(error)}{kept}"
 
     def _load(self, step: int, manifest: Mapping[str, Any], abstract_state: Any) -> Any:
@@ -237,23 +265,38 @@ def _sharding(leaf: Any) -> Any:
     return getattr(leaf, "sharding", None)
 
 
-def _orbax() -> tuple[Any, Any]:
-    """The library and a checkpointer, to be closed."""
+def _orbax(path: Path) -> tuple[Any, Any, Any]:
+    """The library, a handler of trees to be closed, and the path as it wants it."""
     import orbax.checkpoint as ocp  # a quarter of a second, which commands that only read a config need not pay
+    from etils import epath
 
-    return ocp, ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    return ocp, ocp.PyTreeCheckpointHandler(use_compression=False), epath.Path(path)
 
 
 def _orbax_save(path: Path, leaves: Mapping[str, Any]) -> None:
-    # Orbax refuses arrays without elements; their shape and dtype in the manifest say all there is.
-    arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items() if leaf.size}
-    ocp, checkpointer = _orbax()
-    with checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+    """Writes this process's shards into the folder `path`."""
+    ocp, handler, path = _orbax(path)
+    with closing(handler):
+        # Orbax refuses arrays without elements; their shape and dtype in the manifest say all there is.
+        handler.save(path, args=ocp.args.PyTreeSave({name: _savable(leaf) for name, leaf in leaves.items() if leaf.size}))
+
+
+def _savable(leaf: Any) -> Any:
+    """The array as orbax takes it: a key as its bits, and an array that each of several processes has for itself as numpy's, from process 0."""
+    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return np.asarray(leaf) if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True) else leaf
+
+
+def _orbax_finish(path: Path) -> None:
+    """Joins what the processes have written to one database."""
+    _, handler, path = _orbax(path)
+    with closing(handler):
+        handler.finalize(path)
 
 
 def _orbax_restore(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    ocp, checkpointer = _orbax()
+    """The arrays; of a sharded one, the shards of this process's devices are all that is read."""
+    ocp, handler, path = _orbax(path)
 
     def how(leaf: Any) -> Any:
         sharding = _sharding(leaf)
@@ -262,8 +305,8 @@ def _orbax_restore(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
 
     arguments = {name: how(leaf) for name, leaf in wanted.items() if leaf.size}
-    with checkpointer:
-        read = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=dict.fromkeys(arguments, 0), restore_args=arguments))
+    with closing(handler):
+        read = handler.restore(path, args=ocp.args.PyTreeRestore(item=dict.fromkeys(arguments, 0), restore_args=arguments))
     return {name: _placed(read.get(name), leaf) for name, leaf in wanted.items()}
 
 
@@ -273,10 +316,11 @@ def _placed(value: Any, leaf: Any) -> Any:
         value = np.zeros(leaf.shape, leaf.dtype)
     if isinstance(leaf, np.ndarray | np.generic) or isinstance(value, jax.Array):
         return value
-    value = jnp.array(value)
-    if _is_key(leaf):
-        value = jax.random.wrap_key_data(value, impl=_GENERATORS[str(leaf.dtype)])
+    make = partial(jax.random.wrap_key_data, impl=_GENERATORS[str(leaf.dtype)]) if _is_key(leaf) else jnp.array
     sharding = _sharding(leaf)
+    if sharding is not None and not sharding.is_fully_addressable:
+        return jax.jit(make, out_shardings=sharding)(value)  # each process makes its part of what all have read
+    value = make(jnp.array(value))
     return value if sharding is None else jax.device_put(value, sharding)
 
 

@@ -165,6 +165,12 @@ class Data:
     process_count: int
     windows: Any  # grain.MapDataset of training-window ids, A·B at a time
 
+    def of_process(self, index: int, count: int) -> "Data":
+        """The same batches, of which only part `index` of `count` is cut."""
+        data = replace(self, process_index=index, process_count=count)
+        data._rows(self.config.batch_size)
+        return data
+
     def order(self, step: int) -> Int64[np.ndarray, "A B"]:
         """The training-window ids of a step, over all processes; id i starts at train_starts[i]."""
         if step < 0:

@@ -16,10 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import paths
 from moe_jax.config_tools import differences, digest
+from moe_jax.distributed import on_all
 from moe_jax.errors import ConfigError, NonFinite, Stopped
+from moe_jax.routing import RoutingTrace
 from moe_jax.trace_store import TraceWriter
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import Data
@@ -58,24 +61,30 @@ def run(
     folder: Path | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
+    profile: int = 0,
 ) -> Result:
     """Trains and evaluates. With a folder: metrics.jsonl there, checkpoints there if `checkpoint_every`, and a resume from the newest of
     them.
 
+    profile: so many updates, after the first two, are traced for xprof into the folder's `profile`, by every process.
     The same config, killed anywhere and run again, ends in the same bits. Raises NonFinite before an update that a loss or gradient would
     spoil, and Stopped, after a checkpoint, when `stop()` turns true.
     """
     check_vocabulary(config, data)
+    for sequences in (config.data.batch_size, config.eval_batch):
+        program.part(sequences)  # refuses what does not divide over the mesh before anything is compiled
     began = time.monotonic()
     checkpoints = None if folder is None or not config.checkpoint_every else Checkpoints(folder / "checkpoints", config, data.fingerprint)
     state, start = program.init(jnp.uint32(config.init_seed)), 0
     if checkpoints is not None and checkpoints.latest() is not None:
         state, _, start = checkpoints.restore(state)
     elif config.start:
-        state = dataclasses.replace(state, params=_parameters(config))
-    with nullcontext() if folder is None else MetricsWriter(folder) as writer, _routes_writer(config, data) as routes:
+        state = dataclasses.replace(state, params=program.put(_parameters(config)))
+    metrics = nullcontext() if folder is None else on_all(lambda: MetricsWriter(folder))
+    with metrics as writer, on_all(lambda: _routes_writer(config, data)) as routes:
         recorder = _Recorder(writer, start, config.log_every, routes)
-        state = _train(config, program, data, state, start, checkpoints, recorder, progress, stop)
+        with closing(_Profile(folder, start + 3, profile)) as trace:
+            state = _train(config, program, data, state, start, checkpoints, recorder, progress, stop, trace)
         _evaluate(config, program, data, state, config.updates, recorder)
     return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
@@ -93,38 +102,84 @@ def _routes_writer(config: RunConfig, data: Data) -> Any:
     if not config.record:
         return nullcontext()
     weights, rows = config.record_what == "ids+weights", config.data.accumulation * config.data.batch_size
-    return TraceWriter(config.record, trace_info(config.model, data, rows, "self", weights, config=digest(config)))
+    info = trace_info(config.model, data, rows, "self", weights, config=digest(config))
+    return TraceWriter(config.record, info, (jax.process_index(), jax.process_count()))
 
 
-def _train(config, program, data, state, start, checkpoints, recorder, progress, stop) -> TrainState:
+def _train(config, program, data, state, start, checkpoints, recorder, progress, stop, trace) -> TrainState:
     names, knobs = [*paths.flatten(program.model.specs), "the loss"], functools.cache(config.knobs)
-    rows, length, batches = config.data.accumulation * config.data.batch_size, config.data.seq_len, data.batches(start)
+    rows, length = config.data.accumulation * config.data.batch_size, config.data.seq_len
+    whole = bool(config.replay or config.record)  # routes are of whole batches; otherwise a process cuts its own windows alone
+    batches = (data if whole else data.of_process(*program.part(config.data.batch_size))).batches(start)
     if config.replay:
         batches = Routes(config.replay, config.model, rows, length, config.replay_what).beside(batches, start, config.updates)
     drain = functools.partial(_drain, recorder, progress, names, rows * length)
+    stopping = _AnyProcess(stop)
     pending = None  # the step whose numbers are still on the device: it is read after the next one has been dispatched
     with closing(batches):
         for done in range(start + 1, config.updates + 1):
             batch = next(batches)
-            state, metrics, flags = program.train(state, batch, knobs(config.stage(done - 1)))
+            trace.before(done, state)
+            placed = program.place(batch, config.data.batch_size, 1)
+            state, metrics, flags = program.train(state, placed, knobs(config.stage(done - 1)))
             drain(pending)
-            pending, stopping = (done, metrics, flags, batch["tokens"]), stop()
-            saving = checkpoints is not None and (stopping or done == config.updates or done % config.checkpoint_every == 0)
+            pending, halt = (done, metrics, flags, batch["tokens"]), stopping()
+            saving = checkpoints is not None and (halt or done == config.updates or done % config.checkpoint_every == 0)
             evaluating = config.eval_every and done % config.eval_every == 0 and done < config.updates
-            if saving or evaluating or stopping:
+            if saving or evaluating or halt:
                 drain(pending)  # raises before a state that was not checked is saved
                 pending = None
             if evaluating:
                 _evaluate(config, program, data, state, done, recorder)
             if checkpoints is not None and saving:
                 for writer in filter(None, (recorder.writer, recorder.routes)):
-                    writer.flush()  # no checkpoint is ahead of its metrics and routes
+                    on_all(writer.flush)  # no checkpoint is ahead of its metrics and routes
                 checkpoints.save(done, state)
-            if stopping and done < config.updates:
+            if halt and done < config.updates:
                 where = f"saved; the same command goes on from update {done}" if saving else "not saved: checkpoint_every is 0"
                 raise Stopped(f"stopped at update {done} of {config.updates}, {where}")
         drain(pending)
     return state
+
+
+class _Profile:
+    """An xprof trace of a few updates; what was dispatched before its first or within it is waited for, so that it holds whole updates."""
+
+    def __init__(self, folder: Path | None, first: int, count: int):
+        self._folder, self._span, self._running = folder, range(first, first + count), False
+
+    def before(self, update: int, state: TrainState) -> None:
+        """Starts or ends the trace when `update` is the first of its updates, or the first after them."""
+        inside = update in self._span and self._folder is not None
+        if inside == self._running:
+            return
+        jax.block_until_ready(state)
+        jax.profiler.start_trace(str(self._folder / "profile")) if inside else jax.profiler.stop_trace()  # type: ignore[operator]
+        self._running = inside
+
+    def close(self) -> None:
+        """Ends a trace that a stopped or failed run, or its last update, has left open: what it holds is written."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+class _AnyProcess:
+    """Whether any process was asked to stop; all learn it before the same update, one after it happened, without waiting for each other."""
+
+    def __init__(self, stop: Callable[[], bool]):
+        self._stop, self._asked = stop, None
+        if jax.process_count() > 1:
+            devices = np.asarray(jax.devices())
+            self._each = NamedSharding(Mesh(devices, "all"), PartitionSpec("all"))
+            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(self._each.mesh, PartitionSpec()))
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._stop()
+        before, mine = self._asked, np.full(jax.local_device_count(), self._stop())
+        self._asked = self._any(jax.make_array_from_process_local_data(self._each, mine, (jax.device_count(),)))
+        return before is not None and bool(before)
 
 
 def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], tokens: int, pending: tuple | None) -> None:
@@ -141,11 +196,25 @@ def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], t
             "(lower the learning rate or the noise, or look at the batch)"
         )
     if recorder.routes is not None:
-        recorder.routes.write(done - 1, trace, text.reshape(-1, text.shape[-1]))
+        recorder.routes.write(done - 1, *_own_rows(trace, text.reshape(-1, text.shape[-1])))
     row = {name: _ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
     recorder.add(done, {f"train/{name}" if "/" not in name else name: value for name, value in row.items()})
     if progress is not None:
         progress.update(done, {name: row[name] for name in ("loss", "router/load_cv", "router/flips") if name in row}, tokens)
+
+
+def _own_rows(trace, text: np.ndarray) -> tuple[RoutingTrace, np.ndarray]:
+    """The routes and the text of the rows that this process writes."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return trace, text
+    if len(text) % count:
+        raise ConfigError(
+            f"an update's {len(text)} sequences do not divide among {count} processes, each of which records its part of the routes"
+        )
+    rows = slice(index * (len(text) // count), (index + 1) * (len(text) // count))
+    host = jax.device_get(trace)
+    return RoutingTrace(host.ids[:, rows], None if host.weights is None else host.weights[:, rows], host.layer_index), text[rows]
 
 
 def _ratio(pair) -> float:
@@ -154,17 +223,19 @@ def _ratio(pair) -> float:
 
 def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState, done: int, recorder: "_Recorder") -> None:
     """Loss with the noise off and, where the spec has noise in evaluation, on; expert usage with it off."""
-    knobs, batches = config.knobs(), list(data.validation_batches(config.eval_batch))
+    mine = data if config.compare else data.of_process(*program.part(config.eval_batch))
+    knobs, batches = config.knobs(), list(mine.validation_batches(config.eval_batch))
+    evaluate = functools.partial(program.evaluate, state.params, sequences=config.eval_batch)
     counted = len(batches) if config.loss_windows is None else config.loss_windows // config.eval_batch
-    sums = program.evaluate(state.params, batches[:counted], off(knobs))
+    sums = evaluate(batches[:counted], off(knobs))
     row = {"eval/loss": _ratio(sums["loss"]), "eval/accuracy": _ratio(sums["accuracy"])}
     if counted < len(batches):
-        rest = program.evaluate(state.params, batches[counted:], off(knobs))
+        rest = evaluate(batches[counted:], off(knobs))
         sums = jax.tree.map(np.add, sums, rest)
     acting = None if knobs.noise is None else knobs.noise.in_phase("eval")
     if acting is not None:
         noisy = any(np.asarray(scale).any() for scale in acting.scales.values())
-        row["eval/loss_noisy"] = _ratio(program.evaluate(state.params, batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
+        row["eval/loss_noisy"] = _ratio(evaluate(batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
     if "router/load" in sums:
         load = sums["router/load"]
         by_layer = np.asarray(load.std(-1) / load.mean(-1))
@@ -180,7 +251,7 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
     if config.compare:
         routes = Routes(config.compare, config.model, config.eval_batch, config.data.seq_len)
         along = [{**batch, "replay": routes.of(index, batch["tokens"])} for index, batch in enumerate(batches)]
-        row["eval/reference_overlap"] = _ratio(program.evaluate(state.params, along, off(knobs))["replay/set_overlap"])
+        row["eval/reference_overlap"] = _ratio(evaluate(along, off(knobs))["replay/set_overlap"])
     recorder.add(done, row, always=True)
 
 
@@ -218,7 +289,7 @@ class _Recorder:
         self.load: list[list[float]] = []
         if writer is not None:
             writer.truncate_to(start)
-            self.rows = read_metrics(writer.path)
+            self.rows = [row for row in read_metrics(writer.path) if row["step"] <= start]
 
     def add(self, step: int, values: Mapping[str, float], always: bool = False) -> None:
         if not (always or step % self._every == 0 or step == 1):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax.config_tools import apply_overrides
 from moe_jax.errors import ConfigError, nearest
@@ -107,8 +108,8 @@ class RunConfig:
         noise = self.model.resolve(spec) if spec.sites else None
         return Knobs(noise, jnp.uint32(self.noise_seed), jnp.float32(self.balance_weight), jnp.float32(self.z_weight))
 
-    def program(self) -> Program:
-        return Program(self.model, self.optimizer, self.objective, record=bool(self.record))
+    def program(self, mesh: Mesh | None = None) -> Program:
+        return Program(self.model, self.optimizer, self.objective, mesh, record=bool(self.record))
 
     def structure(self) -> tuple:
         """What a program depends on: runs with equal structures share one compilation."""

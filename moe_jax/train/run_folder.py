@@ -1,17 +1,21 @@
-"""One run's folder: held by one process at a time, and saying what ran (config, versions, commit, command).
+"""One run's folder: held by one process, or one job of several, at a time, and saying what ran (config, versions, commit, command).
 
 RUN/lock              who holds the folder; held through flock, so the kernel frees it when that process dies
 RUN/config.json       the resolved config, which a resume must match
 RUN/versions.json     python, packages, machine, device and commit of the last launch, and of earlier ones that differed
 RUN/command.txt       one line per launch
+
+Of several processes, process 0 holds the lock and writes; what it meets is raised in all.
 """
 
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shlex
 import socket
 import subprocess
@@ -23,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from moe_jax import distributed
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import ConfigError
 
@@ -36,7 +41,7 @@ _SHOWN_DIFFERENCES = 20
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replaces a file by `text`; a reader, or a crash at any moment, finds the old or the new content and nothing between."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # pids repeat among the machines that share a file system
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -197,11 +202,15 @@ def commit() -> dict[str, Any]:
 class RunFolder(Closing):
     """A run's folder, created and locked on construction; close it, or use it in a `with`, to free the lock.
 
-    Raises ConfigError when the path cannot be a folder, another process holds it, or a newer version of this code wrote it.
+    Every process of a job calls each method but `close` alike. Raises ConfigError, in all, when the path cannot be a folder, another process or job
+    holds it, or a newer version of this code wrote it.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).absolute()
+        self.path, self._lock = Path(path).absolute(), None
+        distributed.on_first(self._take)
+
+    def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             schema = (self._read("versions.json") or {}).get("schema", SCHEMA)
@@ -213,14 +222,17 @@ class RunFolder(Closing):
 
     def close(self) -> None:
         """Frees the lock; the files stay."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def config(self) -> dict[str, Any] | None:
         """The config in config.json, or None in a folder that has none yet."""
-        return self._read("config.json")
+        return distributed.on_first(lambda: self._read("config.json"))
 
     def check_config(self, new: Any) -> None:
-        """Raises ConfigError listing every field in which `new` differs from config.json; a folder without one accepts any config."""
+        """Raises ConfigError listing every field in which `new` differs from config.json (a folder without one accepts any config), or in which the
+        processes of one job differ."""
+        distributed.on_all(functools.partial(_check_alike, distributed.share(config_dict(new)), new))
         old = self.config()
         changed = [] if old is None else differences(old, new)
         if changed:
@@ -232,12 +244,16 @@ class RunFolder(Closing):
     def start(self, config: Any, command: Sequence[str], device: str | None = None) -> list[str]:
         """Checks `config` against the folder, then writes config.json, versions.json and a line of command.txt.
 
-        Returns what changed since the last launch ('jax: was "0.10.2", now "0.12.0"'; empty the first time): under other versions a
-        resumed run need not give the same bits. Raises ConfigError as `check_config` does, and when the folder cannot be written.
+        Returns what changed since the last launch ('jax: was "0.10.2", now "0.12.0"'; empty the first time, and in all processes but 0): under other
+        versions a resumed run need not give the same bits. Raises ConfigError as `check_config` does, and when the folder cannot be written.
         """
         self.check_config(config)
+        changed = distributed.on_first(lambda: self._start(config, command, device))
+        return changed if distributed.first() else []
+
+    def _start(self, config: Any, command: Sequence[str], device: str | None) -> list[str]:
         try:
-            if self.config() is None:
+            if self._read("config.json") is None:
                 self._write("config.json", config_dict(config))
             changed = self._write_versions(versions(device))
             with open(self.path / "command.txt", "a", encoding="utf-8") as file:
@@ -269,3 +285,8 @@ class RunFolder(Closing):
         if not isinstance(value, dict):
             raise ConfigError(f"cannot read {path}: it holds {type(value).__name__}, not the object this code writes")
         return value
+
+
+def _check_alike(of_first: dict[str, Any], config: Any) -> None:
+    if unlike := differences(of_first, config):
+        raise ConfigError(f"this process was started with other settings than process 0: {some(unlike, _SHOWN_DIFFERENCES)}")

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import paths, routing, routing_stats
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, nearest
 from moe_jax.keys import Draw
+from moe_jax.losses import BALANCE_SCOPES, balance_of
 from moe_jax.model import Model
 from moe_jax.optim.plan import Plan
 from moe_jax.replay import check_freeze
@@ -29,12 +30,18 @@ class Objective:
 
     layer_reduction: str = "sum"  # balance and z losses of the layers: "sum" (the seed) or "mean"
     freeze: tuple[str, ...] = ()  # of replay.FREEZES: what of the routers stands still
+    balance_scope: str = (
+        "microbatch"  # over which tokens the load is counted: each "sequence", a "microbatch", or all of the update's so far
+    )
     bias_rate: float = 0.0  # the selection bias moves this far towards balance after each update (Wang et al. 2024), unless it is frozen
 
     def __post_init__(self):
         object.__setattr__(self, "freeze", check_freeze(self.freeze))
         if not 0 <= self.bias_rate < math.inf:
             raise ConfigError(f"bias_rate must be finite and not negative, got {self.bias_rate}")
+        if self.balance_scope not in BALANCE_SCOPES:
+            close = nearest(self.balance_scope, BALANCE_SCOPES)
+            raise ConfigError(f"unknown balance_scope {self.balance_scope!r}{close}; known: {', '.join(BALANCE_SCOPES)}")
         if self.layer_reduction not in ("sum", "mean"):
             raise ConfigError(f"layer_reduction must be sum or mean, got {self.layer_reduction!r}")
 
@@ -51,7 +58,7 @@ class Objective:
 def init_state(model: Model, plan: Plan, seed: jax.Array | int) -> TrainState:
     """The state before the first update."""
     params = model.init(seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, plan.transformation().init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, plan.transformation(model.mesh, model.rules).init(params))
 
 
 def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool = False) -> Callable:
@@ -61,9 +68,11 @@ def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool
     metrics: (sum, count) pairs, "router/load" Float[L, E] and, to record, "trace": the RoutingTrace of the A*B rows. flags: Bool per parameter
     in path order, True where a gradient (or, in the last entry, the loss) is not finite; if any is, the returned state is the one that was given.
     """
-    transformation = plan.transformation()
+    transformation = plan.transformation(model.mesh, model.rules)
 
-    def micro_batch(params, micro, index, step, knobs: Knobs):
+    def micro_batch(params, micro, index, step, knobs: Knobs, before):
+        """before: assignments of each expert in this update's micro-batches so far [L, E], for the balance loss over the global batch."""
+
         def objective_of(params):
             rows = micro["tokens"].shape[0]
             draw = Draw(seed=knobs.noise_seed, step=step, phase="train", row_offset=index * rows)
@@ -77,22 +86,32 @@ def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool
                 capture=("trace",) if record else (),
                 replay=micro.get("replay"),
                 freeze=objective.freeze,
+                balance_scope=objective.balance_scope,
             )
-            found: dict[str, Any] = metrics | out.aux
-            extra = {"router/load": out.load, "router/bias_load": out.bias_load, "trace": out.trace}
+            aux, counts = out.aux, None
+            if out.balance is not None:
+                counts, scores = out.balance
+                together = balance_of(counts + before, scores)
+                aux = aux | {"balance_loss": (together.sum(), aux["balance_loss"][1])}
+            found: dict[str, Any] = metrics | aux
+            extra = {"router/load": out.load, "router/bias_load": out.bias_load, "trace": out.trace, "balance_counts": counts}
             found |= {name: value for name, value in extra.items() if value is not None}
-            return total / metrics["loss"][1] + objective.router_losses(out.aux, knobs), found
+            return total / metrics["loss"][1] + objective.router_losses(aux, knobs), found
 
         return jax.grad(objective_of, has_aux=True)(params)
 
     def train_step(state: TrainState, batch, knobs: Knobs):
         count = batch["tokens"].shape[0]
         if count == 1:
-            grads, metrics = micro_batch(state.params, jax.tree.map(lambda a: a[0], batch), 0, state.step, knobs)
+            grads, metrics = micro_batch(state.params, jax.tree.map(lambda a: a[0], batch), 0, state.step, knobs, 0.0)
         else:
-            grads, metrics = _accumulate(lambda micro, index: micro_batch(state.params, micro, index, state.step, knobs), batch, count)
+            grads, metrics = _accumulate(
+                lambda micro, index, before: micro_batch(state.params, micro, index, state.step, knobs, before), batch, count
+            )
+        metrics.pop("balance_counts", None)
         flags = non_finite(grads, metrics["loss"][0])
-        updates, opt_state = transformation.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = transformation.update(grads, state.opt_state, state.params)
         params: Any = _move_bias(model, optax.apply_updates(state.params, updates), metrics.pop("router/bias_load", None), objective)
         moved = TrainState(state.step + 1, params, opt_state)
         # elementwise, so the compiler joins it to the update instead of passing over the state again
@@ -105,16 +124,16 @@ def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool
 def _accumulate(gradient: Callable, batch, count: int):
     """Gradients averaged and metrics summed over the micro-batches, one at a time; a trace is laid out as one batch."""
 
-    def of(item):
-        grads, metrics = gradient(*item)
+    def of(item, before):
+        grads, metrics = gradient(*item, before)
         return (grads, {name: value for name, value in metrics.items() if name != "trace"}), metrics.get("trace")
 
     def body(carry, item):
-        found, trace = of(item)
+        found, trace = of(item, carry[1].get("balance_counts", 0.0))
         return jax.tree.map(jnp.add, carry, found), trace
 
     items = (batch, jnp.arange(count))
-    shapes, _ = jax.eval_shape(of, jax.tree.map(lambda a: a[0], items))
+    shapes, _ = jax.eval_shape(of, jax.tree.map(lambda a: a[0], items), 0.0)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (grads, metrics), trace = jax.lax.scan(body, zeros, items)
     if trace is not None:

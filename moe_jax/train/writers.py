@@ -1,4 +1,7 @@
-"""What a run writes while it runs: metrics.jsonl (the source of truth), TensorBoard files when installed, progress on the terminal."""
+"""What a run writes while it runs: metrics.jsonl (the source of truth), TensorBoard files when installed, progress on the terminal.
+
+Of several processes only process 0 writes and talks; the others make the same calls.
+"""
 
 import json
 import math
@@ -9,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from moe_jax import distributed
 from moe_jax.errors import ConfigError, MoeJaxError
 from moe_jax.train.run_folder import Closing
 
@@ -22,17 +26,20 @@ class MetricsWriter(Closing):
     the next opening drops. Numbers come back bit for bit; nan and inf are the text "nan", "inf", "-inf", as strict JSON has no others.
     `tensorboard` is "auto" (when tensorboardX is installed), True (ConfigError when it is not) or False.
 
-    Raises MoeJaxError when the disk refuses a line; the lines before it stay whole.
+    In other processes than 0 its calls do nothing. Raises MoeJaxError when the disk refuses a line; the lines before it stay whole.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tensorboard: bool | Literal["auto"] = "auto"):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self._summary_writer = _summary_writer_class(tensorboard)
-        self._file = open(self.path, "ab", buffering=0)
+        self._file: Any = None
         self._summaries: Any = None  # opened at the first write, when it is known from which step the run goes on
         self._first_step: int | None = None
+        if not distributed.first():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._summary_writer = _summary_writer_class(tensorboard)
+        self._file = open(self.path, "ab", buffering=0)
         self._file.truncate(sum(map(len, _whole_lines(self.path))))
 
     def truncate_to(self, step: int) -> int:
@@ -40,6 +47,8 @@ class MetricsWriter(Closing):
 
         TensorBoard is told to forget the same steps. Raises MoeJaxError when a row that stays is not JSON.
         """
+        if self._file is None:
+            return 0
         lines = _whole_lines(self.path)
         late = (index for index, line in enumerate(lines) if _parse(line, self.path, index + 1)["step"] > step)
         kept = next(late, len(lines))
@@ -49,6 +58,8 @@ class MetricsWriter(Closing):
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row {"step": step, **metrics}. Values are numbers, 0-d arrays or text; ints stay ints."""
+        if self._file is None:
+            return
         row = {"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}
         strict = {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
         line = (json.dumps(strict, allow_nan=False) + "\n").encode()
@@ -64,13 +75,14 @@ class MetricsWriter(Closing):
 
     def flush(self) -> None:
         """Makes every row so far durable; call it before a checkpoint, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         if self._summaries is not None:
             self._summaries.flush()
 
     def close(self) -> None:
         """Flushes and closes both files; safe to call twice."""
-        if not self._file.closed:
+        if self._file is not None and not self._file.closed:
             self.flush()
             self._file.close()
         if self._summaries is not None:
@@ -162,7 +174,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 
 
 class Progress(Closing):
-    """How far a run is: a bar on a terminal, else one plain line every `every` seconds, at the first step and at the end.
+    """How far a run is: a bar on a terminal, else one plain line every `every` seconds, at the first step and at the end; process 0's alone.
 
     `start` is the step that a resumed run begins after. `clock` is in seconds.
     """
@@ -183,7 +195,8 @@ class Progress(Closing):
         self._mark: tuple[int, float] | None = None  # (step, time) of the first update: the first step holds the compilation
         self._last_line = -math.inf
         self._line = ""
-        self._bar = _bar(self._stream, label, total, start) if self._stream.isatty() else None
+        self._talks = distributed.first()
+        self._bar = _bar(self._stream, label, total, start) if self._talks and self._stream.isatty() else None
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
         """Step `step` is done, with the few metrics to show; `tokens` is how many were processed since the last update."""
@@ -221,6 +234,8 @@ class Progress(Closing):
 
     def _print(self, now: float) -> None:
         percent = 100 * self._step / max(self._total, 1)
+        if not self._talks:
+            return
         self._stream.write(f"{self._label} {self._step}/{self._total} ({percent:.0f} %): {self._line}\n")
         self._stream.flush()
         self._last_line, self._line = now, ""

@@ -128,7 +128,7 @@ WAYS = {
 def quick_dispatch(monkeypatch):
     """Blocked with two tile sizes, which compile in a fraction of the time of its own; ragged also on a CPU."""
 
-    def dispatch(x, decision, experts, implementation, tokens):
+    def dispatch(x, decision, experts, implementation, tokens, **_):
         chosen = functools.partial(dispatch_blocked, unit=24, largest=48) if implementation == "blocked" else implementation
         return dispatching.dispatch(x, decision, experts, chosen, tokens, force=True)
 

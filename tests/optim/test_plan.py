@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from moe_jax.axes import ParamSpec
+from moe_jax.axes import ParamSpec, Rules
 from moe_jax.errors import ConfigError
 from moe_jax.optim import muon
 from moe_jax.optim.plan import OptimizerConfig, plan
@@ -270,3 +271,18 @@ def test_config_refusals(settings, message):
 def test_nothing_to_train():
     with pytest.raises(ConfigError, match="all 1 parameters are frozen"):
         plan({"norm": SPECS["norm"]}, OptimizerConfig(freeze_roles=("norm",)))
+
+
+def test_where_matrices_are_orthogonalised():
+    """Experts stay; layers go over the axes that divide them, those that cut the matrices first; nothing is laid over one axis twice."""
+    rules = Rules((("experts", ("expert", "tensor")), ("embed", "fsdp"), ("qkv", "tensor")))
+    leaves = {leaf.path: leaf for leaf in plan(SPECS, OptimizerConfig(router="muon")).leaves}
+
+    def places(path, **sizes):
+        return leaves[path].places(rules, sizes)
+
+    assert places("layers/up", fsdp=2, expert=4) == (P(None, "expert", "fsdp", None), P("fsdp", "expert", None, None))
+    assert places("layers/up", data=2, expert=2, tensor=2)[1] == P("data", ("expert", "tensor"), None, None)
+    assert places("layers/qkv", fsdp=2, tensor=2) == (P(None, "fsdp", "tensor"), P("fsdp", None, None))  # two layers: one of the axes
+    assert places("layers/qkv", fsdp=4, tensor=2)[1] == P("tensor", None, None)
+    assert places("layers/router", data=4) == (P(None, None, None), P(None, None, None))  # two layers do not divide over four devices

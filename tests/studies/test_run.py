@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+import jax
 import pytest
 
 from experiments.catalogue import load
-from moe_jax.errors import Stopped
-from moe_jax.studies import Ledger
+from moe_jax.errors import ConfigError, Stopped, Unsupported
+from moe_jax.studies import Ledger, report
 from moe_jax.studies import run as runner
 from moe_jax.studies.run import Experiment, cell_name, run_study, todo
 from moe_jax.train import loop
@@ -139,3 +140,84 @@ def test_what_runs_share_is_prepared_before_each(smoke, tmp_path):
     outcome = run_study(dataclasses.replace(smoke, design=design, prepare=prepare), tmp_path)
     assert seen == [(tmp_path, False, True, 42), (tmp_path, False, True, 43)]
     assert outcome.compiled["train"] == 1 and [len(series["train/loss"]) for _, series, _ in rows(tmp_path).values()] == [2, 2]
+
+
+def test_lanes_find_what_one_run_after_the_other_finds(finished, smoke, tmp_path):
+    """Four at a time: the same numbers to the last bit, the same table, one program."""
+    outcome = run_study(smoke, tmp_path, lanes=4)
+    assert (outcome.done, outcome.failed) == (12, 0) and outcome.compiled == {"train": 1, "evaluate": 1, "init": 1}
+    assert rows(tmp_path) == rows(finished[0])
+    one, four = (Ledger.read(workdir) for workdir in (finished[0], tmp_path))
+    assert [run.provenance for run in sorted(four.runs(), key=str)] == [run.provenance for run in sorted(one.runs(), key=str)]
+    timeless = [[dataclasses.replace(run, seconds=1.0) for run in ledger.runs()] for ledger in (one, four)]
+    assert report.console_table(one.design, timeless[0]) == report.console_table(four.design, timeless[1])
+    assert not list((tmp_path / "cells").glob("*/checkpoints"))
+
+
+@pytest.mark.slow
+def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, tmp_path):
+    """Stopped while five run and again while two do; the rest one after the other. Each time what was under way goes on."""
+    for lanes, after in ((5, 60), (2, 40)):
+        polls = iter(range(10_000))
+        with pytest.raises(Stopped, match="stopped at update"):
+            run_study(smoke, tmp_path, stop=lambda polls=polls, after=after: next(polls) >= after, lanes=lanes)
+        assert list((tmp_path / "cells").glob("*/checkpoints/[0-9]*"))
+    left = len(todo(Ledger.read(tmp_path)))
+    assert run_study(smoke, tmp_path).done == left > 0
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_in_lanes_a_failure_is_its_own_and_an_unforeseen_error_comes_at_the_end(finished, smoke, tmp_path, monkeypatch):
+    """Of three at a time one meets a non-finite value and one a fault: the third is finished and the fault is raised."""
+    design = dataclasses.replace(smoke.design, only=smoke.design.cells()[:3], comparisons=())
+    real = loop.RunConfig.knobs
+
+    def poisoned(self, update=0):
+        knobs = real(self, update)
+        bad = self.noise.startswith("router_logits=additive:0.0") and self.balance_weight > 0
+        return dataclasses.replace(knobs, noise=knobs.noise.scaled(math.nan)) if bad else knobs  # type: ignore[union-attr]
+
+    def broken(config, *arguments):
+        if config.balance_weight == 0.0:
+            raise MemoryError("no room")
+        return loop.run(config, *arguments)
+
+    monkeypatch.setattr(loop.RunConfig, "knobs", poisoned)
+    monkeypatch.setattr(runner, "run", broken)
+    with pytest.raises(MemoryError):
+        run_study(dataclasses.replace(smoke, design=design), tmp_path, lanes=3)
+    found = Ledger.read(tmp_path).runs()
+    assert sorted((row.status, row.error.split(":")[0]) for row in found) == [
+        ("failed", "MemoryError"),
+        ("failed", "NonFinite"),
+        ("finished", ""),
+    ]
+    third = {row.key: row.metrics for row in found if row.status == "finished"}
+    assert third == {key: metrics for key, (metrics, *_) in rows(finished[0]).items() if key in third}
+
+
+def test_runs_of_two_structures_are_not_mixed(smoke, tmp_path):
+    """Cells alternate between two programs; three lanes take those of one together, in the order of the design, after each was prepared."""
+    prepared = []
+
+    def config(cell, seed):
+        base = smoke.config(cell, seed)
+        router = "frozen" if cell["balance_weight"] == 0.0 else "muon"
+        return dataclasses.replace(base, updates=2, checkpoint_every=0, optimizer=dataclasses.replace(base.optimizer, router=router))
+
+    def prepare(shop, config):
+        prepared.append((config.optimizer.router, config.init_seed))
+        return config
+
+    design = dataclasses.replace(smoke.design, only=smoke.design.cells()[:4], comparisons=())
+    outcome = run_study(dataclasses.replace(smoke, design=design, config=config, prepare=prepare), tmp_path, lanes=3)
+    assert outcome.done == 8 and outcome.compiled == {"train": 2, "evaluate": 2, "init": 2}
+    assert [router for router, _ in prepared] == ["muon"] * 4 + ["frozen"] * 4
+
+
+def test_lanes_that_cannot_be_are_refused(smoke, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="lanes must be at least 1, got 0"):
+        run_study(smoke, tmp_path, lanes=0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(Unsupported, match="2 lanes in a job of 2 processes"):
+        run_study(smoke, tmp_path, lanes=2)

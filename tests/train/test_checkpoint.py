@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -122,6 +123,18 @@ def test_numpy_leaves_stay_numpy_and_keep_what_jax_would_narrow(tmp_path):
     assert open_checkpoints(tmp_path).restore(jnp.zeros(4, jnp.int32), step=2)[0].tolist() == [0, 1, 2, 3]
 
 
+def test_a_state_of_numpy_alone_and_one_written_by_orbaxs_own_checkpointer_come_back(tmp_path):
+    tree = {"a": np.arange(3.0), "b": np.float32(0.5), "c": np.arange(4).astype(jnp.bfloat16)}
+    open_checkpoints(tmp_path).save(1, tree)
+    restored, _, _ = open_checkpoints(tmp_path).restore(tree)
+    assert all(restored[name].tobytes() == value.tobytes() for name, value in tree.items())
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        np.testing.assert_array_equal(checkpointer.restore(tmp_path / "1" / "state")["a"], tree["a"])  # readable without this code
+        checkpointer.save(tmp_path / "orbax", args=ocp.args.PyTreeSave({"a": jnp.ones(3)}))
+    got = checkpoint._orbax_restore(tmp_path / "orbax", {"a": jnp.zeros(3)})  # as the first versions of this code wrote
+    assert got["a"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_keys_come_back_with_their_generator(tmp_path, generator):
     key = jax.random.key(5, impl=generator)
@@ -169,6 +182,46 @@ def test_sharded_leaves_come_back_in_the_sharding_asked_for(tmp_path):
         restored, _, _ = open_checkpoints(tmp_path).restore(template)
         assert restored["w"].sharding == wanted and restored["w"].committed and not restored["one"].committed
         np.testing.assert_array_equal(restored["w"], value)
+
+
+MESHES = [(1, 1), (2, 2), (1, 4), (4, 1), (8, 1)]
+
+
+def on_mesh(shape: tuple[int, int]):
+    """A state with a step, sharded parameters, the momentum of an optimizer, a key and an array without elements, on a mesh of the first devices."""
+    mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, (8, 16), dtype=np.uint32).view(np.float32)  # nan of all kinds, denormals, infinities
+    host = {
+        "step": (np.uint32(7), ()),
+        "params": {
+            "w": (bits, ("a", "b")),
+            "half": (rng.normal(size=(16, 8, 2)).astype(jnp.bfloat16), (("b", "a"),)),
+            "norm": (bits[0], ()),
+        },
+        "optimizer": ({"mu": (bits[::-1].copy(), ("b", "a")), "count": (np.int32(7), ())},),
+        "key": (jax.random.key(7), ()),
+        "void": (np.zeros((0, 8), np.float32), (None, "a")),
+    }
+
+    def put(leaf):
+        return jax.device_put(leaf[0], NamedSharding(mesh, PartitionSpec(*leaf[1])))
+
+    return jax.tree.map(put, host, is_leaf=lambda node: isinstance(node, tuple) and len(node) == 2)
+
+
+@pytest.mark.parametrize("source", MESHES)
+def test_a_checkpoint_of_any_mesh_comes_back_on_any_other(tmp_path, source):
+    saved = on_mesh(source)
+    open_checkpoints(tmp_path).save(7, saved)
+    for target in MESHES:
+        wanted = on_mesh(target)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted)
+        restored, _, step = open_checkpoints(tmp_path).restore(abstract)
+        assert step == 7
+        assert_same(restored, saved)
+        for leaf, like in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+            assert leaf.sharding == like.sharding and leaf.committed
 
 
 def test_the_manifest_says_what_the_checkpoint_is(two_steps):
@@ -343,6 +396,15 @@ def test_a_failing_save_is_one_line_and_leaves_the_others(copied, monkeypatch):
     message = str(caught.value)
     assert "cannot save step 12" in message and "bytes needed" in message and "intact: 4, 8" in message and "\n" not in message
     assert sorted(os.listdir(folder)) == ["4", "8"]
+
+
+def test_no_two_saves_write_into_one_folder(tmp_path, monkeypatch):
+    """A process that outlives its job may still be writing when the next job saves the same step."""
+    folders, usual = [], checkpoint._flush_and_hash
+    monkeypatch.setattr(checkpoint, "_flush_and_hash", lambda folder: folders.append(folder) or usual(folder))
+    for _ in range(2):
+        open_checkpoints(tmp_path).save(3, {"a": jnp.ones(1)})
+    assert len(set(folders)) == 2 and all(folder.name.startswith(".saving-3.") for folder in folders)
 
 
 SAVER = """

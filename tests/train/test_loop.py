@@ -310,3 +310,11 @@ def test_no_checkpoint_is_ahead_of_the_routes(second, data, tmp_path, monkeypatc
     config = dataclasses.replace(SECOND, record=str(tmp_path / "routes"))
     run(config, second(config), data, tmp_path)
     assert order[:6] == [tuple(range(4)), 4, tuple(range(8)), 8, tuple(range(12)), 12]
+
+
+def test_a_profile_reads_like_the_model(program, data, tmp_path):
+    """One update, traced: the names of the model's parts are in what xprof reads."""
+    run(dataclasses.replace(CONFIG, updates=4, checkpoint_every=0), program, data, tmp_path, profile=1)
+    (trace,) = tmp_path.glob("profile/**/*.xplane.pb")
+    for name in (b"/attention/", b"moe/dispatch", b"optimizer/orthogonalise", b"jvp(head)"):
+        assert name in trace.read_bytes(), name

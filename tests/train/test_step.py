@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import ConfigError
+from moe_jax.keys import Draw
+from moe_jax.losses import balance_of
 from moe_jax.model import ModelConfig
 from moe_jax.noise import NoiseSpec
 from moe_jax.optim.plan import OptimizerConfig
@@ -129,3 +131,34 @@ def test_layers_reduced_by_mean_or_sum():
     assert Objective("mean").router_losses(aux, weights) == 1.25
     with pytest.raises(ConfigError, match="layer_reduction must be sum or mean"):
         Objective("median")
+
+
+def test_the_global_batch_counts_the_micro_batches_before():
+    """The second micro-batch's balance loss has the load of both."""
+    twice = batch(2, rows=4)
+    model = Program(MODEL, OPTIMIZER, Objective()).model
+    params = model.init(0)
+    parts = []
+    for index in range(2):
+        draw = Draw(jnp.uint32(0), jnp.int32(0), "train", index * 4)
+        arrays = (twice["tokens"][index], twice["targets"][index])
+        out = model.loss(params, *arrays, noise=knobs().noise, draw=draw, train=True, balance_scope="global_batch")[2]
+        parts.append(out.balance)
+    (first, scores), (second, later) = parts
+    wanted = (balance_of(first, scores) + balance_of(first + second, later)).sum()
+    plain = (balance_of(first, scores) + balance_of(second, later)).sum()
+    found = {}
+    for scope in ("microbatch", "global_batch"):
+        program = Program(MODEL, OPTIMIZER, Objective(balance_scope=scope))
+        _, metrics, _ = program.train(program.init(jnp.uint32(0)), twice, knobs())
+        found[scope] = float(metrics["balance_loss"][0])
+        assert "balance_counts" not in metrics
+    assert found["global_batch"] == pytest.approx(float(wanted), rel=2e-6)
+    assert found["microbatch"] == pytest.approx(float(plain), rel=2e-6) and abs(float(wanted) - float(plain)) > 2e-5
+
+
+def test_an_unknown_balance_scope_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"unknown balance_scope 'global' \(did you mean 'global_batch'\?\); known: sequence, microbatch, global_batch"
+    ):
+        Objective(balance_scope="global")
