@@ -31,13 +31,12 @@ def main(argv: list[str]) -> None:
     """Makes the data, passes it through the model, says what was written."""
     from moe_jax.model import Model
     from moe_jax.noise import NoiseSpec
-    from moe_jax.train.data import DataConfig, build
+    from moe_jax.train.data import build
     from moe_jax.train.record import record, trace_info
     from moe_jax.train.saved import load_model
 
     saved = load_model(_MODEL.value)
-    fresh = DataConfig.fitting(_DATA.value or "wiki", saved.config.vocab_size, min(128, saved.config.max_seq_len))
-    text = saved.run.data if saved.run is not None and _DATA.value is None else fresh
+    text = saved.run.data if saved.run is not None and _DATA.value is None else saved.text(_DATA.value or "wiki", 128)
     text = apply_overrides(text, _SET.value)
     seed = (saved.run.data_seed if saved.run else 0) if _SEED.value is None else _SEED.value
     noise = NoiseSpec.parse(_NOISE.value) if _NOISE.value else None

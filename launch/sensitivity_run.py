@@ -53,7 +53,7 @@ class Config:
 def make_config(saved: Saved, model: str, source: str | None, length: int | None, given: dict[str, Any]) -> Config:
     """The config of these flags: the text is the run's own, or for a preset one that fits its vocabulary; the batch is that of routes to replay."""
     if saved.run is None:
-        data = DataConfig.fitting(source or "wiki", saved.config.vocab_size, length or min(512, saved.config.max_seq_len))
+        data = saved.text(source or "wiki", length or min(512, saved.config.max_seq_len))
     else:
         data = saved.run.data.replace(source=source or saved.run.data.source, seq_len=length or saved.run.data.seq_len)
         if data.source != saved.run.data.source and data.tokenizer.startswith("bpe:"):
@@ -115,11 +115,8 @@ def measure(config: Config, saved: Saved, folder: Path) -> tuple[Path, Table]:
     found = sensitivity(
         Model(shape), saved.params, batches, config.spec(), seeds, config.phase, routes, logits, _Progress(-(-windows // config.batch))
     )
-    trained = (
-        f"{Path(config.model).name}, trained for {saved.step:,} updates" if saved.run else f"preset {config.model} with fresh parameters"
-    )
     about = About(
-        trained,
+        saved.what,
         f"{config.data.source} (validation windows of {config.data.seq_len} tokens, tokenizer {config.data.tokenizer})",
         config.noise,
         config.spec().table(),

@@ -62,14 +62,13 @@ def make_config():
     """The RunConfig that the flags name."""
     from moe_jax.model import ModelConfig
     from moe_jax.optim.plan import OptimizerConfig
-    from moe_jax.train.data import DataConfig
     from moe_jax.train.run_config import RunConfig
     from moe_jax.train.saved import load_model
     from moe_jax.train.step import Objective
 
-    of_start = _START.value and not _PRESET.value
-    model = load_model(_START.value).config if of_start else ModelConfig.preset(_PRESET.value or "quick")
-    data = DataConfig.fitting(_DATA.value, model.vocab_size, min(128, model.max_seq_len))
+    start = load_model(_START.value or _PRESET.value or "quick")
+    model = ModelConfig.preset(_PRESET.value) if _PRESET.value else start.config
+    data = start.text(_DATA.value, 128)
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
     config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))

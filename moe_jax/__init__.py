@@ -23,10 +23,17 @@ _WHERE = {
     "write_trace": "moe_jax.trace_store",
     "load_model": "moe_jax.train.saved",
     "MeshSpec": "moe_jax.mesh",
+    "load_hf": "moe_jax.hf.load",
+    "load_gguf": "moe_jax.hf.load",
+    "save_hf": "moe_jax.hf.save",
+    "Sampling": "moe_jax.generate",
+    "Sampler": "moe_jax.generate",
 }
 _MODULES = (
     "dispatch",
     "experts",
+    "generate",
+    "hf",
     "keys",
     "losses",
     "mesh",
@@ -38,6 +45,7 @@ _MODULES = (
     "sensitivity",
     "studies",
     "train",
+    "upcycle",
 )
 
 __all__ = [*_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

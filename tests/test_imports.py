@@ -72,8 +72,9 @@ def test_a_report_needs_no_jax():
 def test_sizes():
     """The library stays small enough to read: lines that say something (the formatter sets the blank ones), and no file over 400 in all.
 
-    The plan said about 8,000 for everything. Single-device training, noise, replay and studies take 7,900; meshes and several processes took the rest.
+    The plan said about 8,000 for everything. Single-device training, noise, replay and studies take 7,900; meshes and several processes 1,350; models from
+    elsewhere (six families, GGUF, chat templates, upcycling, generation) 1,350.
     """
     texts = {path: path.read_text().splitlines() for path in PACKAGE.rglob("*.py")}
-    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 9400
+    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 10_700
     assert {str(path): len(lines) for path, lines in texts.items() if len(lines) > 400} == {}

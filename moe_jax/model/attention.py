@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model import blockwise
+from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import RMSNorm, Scope, bias, linear, rotate, weight
 
@@ -64,18 +65,27 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(config, config.head_width if per_head else query, "head_dim" if per_head else "heads")
             self.k_norm = RMSNorm(config, config.head_width if per_head else key, "head_dim" if per_head else "kv_heads")
 
-    def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], positions, scope: Scope, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """The output, and the cache with these tokens in it. Without a cache the sequences are whole; with one they follow what it holds."""
         c = self.config
         q, k, v = self._project(x, scope)
         if c.qk_norm == "projection":
             q, k = self.q_norm(q, scope, "norm_q"), self.k_norm(k, scope, "norm_k")
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, k, v))
         q, k, v = (y.reshape(*y.shape[:2], -1, c.head_width) for y in (q, k, v))
         if c.qk_norm == "head":
             q, k = self.q_norm(q, scope, "norm_q"), self.k_norm(k, scope, "norm_k")
         q, k = (rotate(y, positions, c.rope_theta, c.rope_style) for y in (q, k))
-        out: Any = attend(q, k, v, c.sliding_window, scope)
+        cache = None if cache is None else cache.written(scope.layer, positions, k, v)
+        if cache is None or cache.fresh:
+            out: Any = attend(q, k, v, c.sliding_window, scope)
+        else:
+            out = cache.attend(scope.layer, q, positions, c.sliding_window)
         out = linear(out.reshape(*out.shape[:2], -1), self.o[...], scope, "attention_o")
-        return out + self.o_bias[...].astype(out.dtype) if c.output_bias else out
+        return out + self.o_bias[...].astype(out.dtype) if c.output_bias else out, cache
 
     def _project(self, x, scope: Scope):
         c, sites = self.config, ("attention_q", "attention_k", "attention_v")

@@ -65,6 +65,7 @@ class ModelConfig:
     output_bias: bool = False  # bias on attention's output projection
     fused_qkv: bool = False  # one matrix for q, k and v, which Muon then orthogonalises as one
     sliding_window: int | None = None  # a token attends to at most this many tokens, itself included
+    clip_qkv: float | None = None  # q, k and v are cut off at this size, before they are turned
 
     tie_embeddings: bool = True
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
@@ -125,6 +126,8 @@ class ModelConfig:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 < self.exchange_factor < math.inf:
             raise ConfigError(f"exchange_factor must be finite and above 0, got {self.exchange_factor}")
+        if self.clip_qkv is not None and not 0 < self.clip_qkv < math.inf:
+            raise ConfigError(f"clip_qkv must be finite and above 0, or none, got {self.clip_qkv}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window must be at least 1 or none, got {self.sliding_window}")
 
@@ -155,10 +158,15 @@ class ModelConfig:
         absent |= set() if self.qk_norm != "none" else {"norm_q", "norm_k"}
         return tuple(site for site in SITES if site not in absent)
 
+    def what(self) -> dict[str, Any]:
+        """The fields that decide what trained parameters compute, not how: without dispatch, recomputation, number types, chunks, and how they were trained."""
+        how = "dtypes remat dispatch exchange_factor scan_layers loss_chunk loss_chunk_size init_std dropout max_seq_len".split()
+        return {name: value for name, value in config_tools.config_dict(self).items() if name not in how}
+
     def routing_hash(self) -> str:
-        """16 hex digits of all that decides what the model computes, not how: the same for any dispatch, recomputation, number type or chunking."""
-        how = ("dtypes", "remat", "dispatch", "exchange_factor", "scan_layers", "loss_chunk", "loss_chunk_size")
-        return config_tools.digest({name: value for name, value in config_tools.config_dict(self).items() if name not in how})[:16]
+        """16 hex digits of what the model computes, of the fields that have not their default: a field that is added later changes no hash."""
+        defaults = config_tools.config_dict(ModelConfig())
+        return config_tools.digest({name: value for name, value in self.what().items() if value != defaults[name]})[:16]
 
     def resolve(self, spec: NoiseSpec) -> Noise:
         """The spec over this model's layers and sites; raises ConfigError for what the model does not have."""
@@ -200,6 +208,8 @@ _SEED: dict[str, Any] = dict(
     dropout=0.1,
 )
 
+_QWEN3: dict[str, Any] = dict(qk_norm="head", rope_theta=1e6, tie_embeddings=False)
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # for tests: every part is there, a step takes milliseconds
     "tiny": dict(vocab_size=260, d_model=32, num_layers=2, num_heads=4, num_experts=4, d_expert=48, max_seq_len=64),
@@ -208,4 +218,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # the same in minutes
     "small": _SEED | dict(vocab_size=4096, d_model=192, num_layers=4, num_heads=6, d_expert=512, max_seq_len=256),
     "seed_79m": _SEED,
+    # Qwen3's parts at a size for tests: narrow experts, heads wider than d_model / num_heads, an untied head
+    "qwen3_tiny": _QWEN3
+    | dict(vocab_size=260, d_model=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=16, experts_per_token=4)
+    | dict(d_expert=24, d_ff=96, max_seq_len=128),
+    # as published: 30,532,122,624 parameters, 3.35e9 of them active
+    "qwen3_30b_a3b": _QWEN3
+    | dict(
+        vocab_size=151_936, d_model=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, num_experts=128, experts_per_token=8
+    )
+    | dict(d_expert=768, d_ff=6144, max_seq_len=40_960),
+    # OLMoE-1B-7B-0924: 6,919,161,856 parameters, 1.28e9 active
+    "olmoe_1b_7b": dict(vocab_size=50_304, d_model=2048, num_layers=16, num_heads=16, num_experts=64, experts_per_token=8, d_expert=1024)
+    | dict(max_seq_len=4096, qk_norm="projection", renormalise=False, norm_eps=1e-5, tie_embeddings=False),
+    # Mixtral-8x7B-v0.1: 46,702,792,704 parameters, 12.9e9 active
+    "mixtral_8x7b": dict(vocab_size=32_000, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, num_experts=8, experts_per_token=2)
+    | dict(d_expert=14_336, max_seq_len=32_768, rope_theta=1e6, norm_eps=1e-5, tie_embeddings=False),
 }

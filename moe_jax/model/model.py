@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,7 @@ from moe_jax.errors import ConfigError, Unsupported
 from moe_jax.keys import Draw, parameter_key
 from moe_jax.losses import cross_entropy
 from moe_jax.mesh import DEFAULT_RULES, Layout
+from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import Scope
 from moe_jax.model.transformer import declare_decoder, layer_plan
@@ -94,6 +96,12 @@ class Model:
         mesh, sizes = self.mesh, dict(self.mesh.shape)
         return self._map(lambda spec: NamedSharding(mesh, self.rules.partition(spec.axes, spec.shape, sizes)))
 
+    def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters that every process has, on the devices where they belong."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, params)
+        return jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, np.asarray(x).__getitem__), params, self.shardings)
+
     def layout(self, batch: int) -> Layout | None:
         """How `batch` sequences lie on the mesh; None without one."""
         return None if self.mesh is None else Layout.of(self.mesh, batch, self.rules)
@@ -129,16 +137,53 @@ class Model:
         of other layers, sizes or experts.
         """
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
-        out = self._features(params, tokens, scope, scales, capture, replay)
+        out, _ = self._features(params, tokens, scope, scales, capture, replay)
         logits = matmul(out.hidden, self.head(params), scope.operator("lm_head"), scope.tokens, transposed=True)
         return dataclasses.replace(out, logits=logits)
 
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty cache with room for `length` tokens of each of `batch` sequences; raises ConfigError for more than max_seq_len."""
+        c = self.config
+        if not 1 <= length <= c.max_seq_len:
+            raise ConfigError(f"a cache has room for 1 to max_seq_len={c.max_seq_len} tokens, got {length}")
+        shape, layout = (c.num_layers, batch, length, c.kv_heads, c.head_width), self.layout(batch)
+        where = None if layout is None else NamedSharding(layout.mesh, layout.spec(None, "batch", None, "kv_heads", None, shape=shape))
+        return Cache(*(jnp.zeros(shape, c.dtypes.compute, device=where) for _ in range(2)), fresh=True)
+
+    def decode(
+        self,
+        params: dict[str, Any],
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        cache: Cache,
+        last: Int[Array, "B"] | None = None,
+        noise: NoiseSpec | Noise | None = None,
+        draw: Draw | None = None,
+        capture: tuple[str, ...] = (),
+        replay: Replay | None = None,
+        freeze: tuple[str, ...] = (),
+    ) -> tuple[Output, Cache]:
+        """As `apply`, for tokens that follow those in the cache, and the cache with them; the first go into a `fresh` one, at positions from 0 on.
+
+        A draw of noise, and so a route, is that of the same token in one pass of `apply` over as many tokens as the cache has room for. last: which of
+        the S logits each row is asked for (logits [B, 1, V]); None: all. What a cache holds at and after the position of a row's next token is not read.
+        """
+        scope, scales = self._scope(tokens, noise, draw, False, freeze, positions, cache.length)
+        out, cache = self._features(params, tokens, scope, scales, capture, replay, positions, cache)
+        hidden, numbers = out.hidden, scope.tokens
+        if last is not None:
+            hidden, numbers = jnp.take_along_axis(hidden, last[:, None, None], 1), jnp.take_along_axis(numbers, last[:, None], 1)
+        logits = matmul(hidden, self.head(params), scope.operator("lm_head"), numbers, transposed=True)
+        return dataclasses.replace(out, logits=logits), dataclasses.replace(cache, fresh=False)
+
     def features(self, params, tokens, noise=None, draw=None, train=False, capture=(), replay=None, freeze=()) -> Output:
         """As `apply`, without the head's matmul: logits is None."""
-        return self._features(params, tokens, *self._scope(tokens, noise, draw, train, freeze), capture, replay)
+        return self._features(params, tokens, *self._scope(tokens, noise, draw, train, freeze), capture, replay)[0]
 
-    def _scope(self, tokens, noise: NoiseSpec | Noise | None, draw: Draw | None, train: bool, freeze) -> tuple[Scope, dict[str, jax.Array]]:
-        """What stands outside the layers knows, and the noise scales of the layers, [L] by site."""
+    def _scope(
+        self, tokens, noise: NoiseSpec | Noise | None, draw: Draw | None, train: bool, freeze, positions=None, length: int | None = None
+    ) -> tuple[Scope, dict[str, jax.Array]]:
+        """What stands outside the layers knows, and the noise scales of the layers, [L] by site. length: of the whole sequences, which number the tokens."""
         config = self.config
         if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
             raise ConfigError(f"tokens must be [batch, sequence up to max_seq_len={config.max_seq_len}], got shape {tokens.shape}")
@@ -151,23 +196,26 @@ class Model:
         acting = resolved.in_phase(draw.phase) if resolved else None
         sites = acting.structure if acting else ()
         outside = {site: scales[site] for site, _ in sites if site in OUTSIDE_LAYERS}
-        batch, length = tokens.shape
-        rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length + jnp.arange(length)
+        batch, length = tokens.shape[0], length or tokens.shape[1]
+        rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(batch))[:, None] * length
+        rows = rows + (jnp.arange(length) if positions is None else positions)
         fixed = draw.key(fixed=True) if any(noise.draws == "fixed" for _, noise in sites) else None
         scope = Scope(
             draw.key(), -1, rows, outside, sites, config.dropout if train else 0.0, fixed, check_freeze(freeze), self.layout(batch)
         )
         return scope, {site: scales[site] for site, _ in sites if site not in OUTSIDE_LAYERS}
 
-    def _features(self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture, replay: Replay | None) -> Output:
+    def _features(
+        self, params, tokens, scope: Scope, scales: dict[str, jax.Array], capture, replay: Replay | None, positions=None, cache: Any = None
+    ) -> tuple[Output, Any]:
         unknown = [name for name in capture if name not in CAPTURES]
         if unknown:
             raise ConfigError(f"unknown capture {unknown}; known: {', '.join(CAPTURES)}")
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         if replay is not None:
             self._check_replay(replay, *tokens.shape)
-        hidden, router = self._forward(params, tokens, positions, scope, scales, tuple(capture), replay)
-        return self._output(hidden, router, capture)
+        hidden, router, cache = self._forward(params, tokens, positions, scope, scales, tuple(capture), replay, cache)
+        return self._output(hidden, router, capture), cache
 
     def _check_replay(self, replay: Replay, batch: int, length: int) -> None:
         """The values too where they are at hand, which they are not while a program is being traced."""
@@ -196,7 +244,7 @@ class Model:
         """
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
         scope = dataclasses.replace(scope, balance=balance_scope)
-        out = self._features(params, tokens, scope, scales, capture, replay)
+        out, _ = self._features(params, tokens, scope, scales, capture, replay)
         weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
         flat = out.hidden.reshape(-1, out.hidden.shape[-1])
         arrays = (flat, self.head(params), targets.reshape(-1), weights, scope.operator("lm_head"), scope.tokens.reshape(-1))
@@ -238,9 +286,13 @@ class Model:
             router.get("balance"),
         )
 
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Name of each stack of layers -> the absolute layers that the leading axis of its parameters counts."""
+        return {stack.name: stack.layers for segment in layer_plan(self.config) for stack in segment}
+
     def layers_of(self, role: str) -> dict[str, tuple[int, ...]]:
         """Path of each stacked parameter of a role -> the absolute layers that its leading axis counts."""
-        stacks = {stack.name: stack.layers for segment in layer_plan(self.config) for stack in segment}
+        stacks = self.stacks()
         found = {path: path.split("/")[0] for path, spec in paths.flatten(self.specs).items() if spec.role == role}
         return {path: stacks[name] for path, name in found.items() if name in stacks}
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.axes import ParamSpec
 from moe_jax.model.attention import Attention
 from moe_jax.model.bind import bind
+from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import MLP, RMSNorm, Scope, weight
 from moe_jax.model.moe import ROUTING, MoE
@@ -32,17 +33,26 @@ class Block(nnx.Module):
         self.norm_moe = RMSNorm(config, config.d_model)
         self.feed_forward = MoE(config) if moe else MLP(config)
 
-    def __call__(self, x: Float[Array, "B S D"], positions, scope: Scope, capture: tuple[str, ...], replay: Replay | None = None):
-        """(x after the block, what its router did or {})."""
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions,
+        scope: Scope,
+        capture: tuple[str, ...],
+        replay: Replay | None = None,
+        cache: Cache | None = None,
+    ):
+        """(x after the block, what its router did or {}, the cache with these tokens)."""
         entered = x
         with jax.named_scope("attention"):
-            x = x + scope.drop(self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope), "attention_output")
+            y, cache = self.attention(self.norm_attention(x, scope, "norm_attention"), positions, scope, cache)
+            x = x + scope.drop(y, "attention_output")
         read, routed = self._read_by_experts_and_router(x, scope)
         with jax.named_scope("moe" if isinstance(self.feed_forward, MoE) else "mlp"):
             y, router = self.feed_forward(scope.laid(read), scope, routed, replay)
         if "residual_ids" in capture and isinstance(self.feed_forward, MoE):
             router["residual_ids"] = self.feed_forward.ids_on(entered, scope)
-        return scope.laid(x + scope.drop(y, "feed_forward_output")), router
+        return scope.laid(x + scope.drop(y, "feed_forward_output")), router, cache
 
     def _read_by_experts_and_router(self, x, scope: Scope):
         """(norm x, None), or norm x as the experts read it and as the router does, when the norm's noise reaches one of the two alone."""
@@ -69,8 +79,8 @@ class Ends(nnx.Module):
             x = self.embedding[...][tokens].astype(self.config.dtypes.compute)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
-        x, router = blocks(scope.laid(scope.drop(scope.perturb(x, "embedding"), "embedding")))
-        return scope.drop(self.norm_final(x, scope, "norm_final"), "final"), router
+        x, *found = blocks(scope.laid(scope.drop(scope.perturb(x, "embedding"), "embedding")))
+        return scope.drop(self.norm_final(x, scope, "norm_final"), "final"), *found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +109,10 @@ def layer_plan(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
 
 
 def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
-    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture, replay) -> (hidden, router).
+    """(specs, forward): the nested dict of ParamSpecs and forward(params, tokens, positions, scope, scales, capture, replay, cache) -> (hidden, router, cache).
 
-    The scope is that of what stands outside the layers; scales: per site of the layers, [L]. replay: routes of all MoE layers, or None.
+    The scope is that of what stands outside the layers; scales: per site of the layers, [L]. replay: routes of all MoE layers, or None. cache: of all
+    layers, or None.
     """
     ends_specs, ends = bind(Ends(config))
     block_specs, blocks = {}, {}
@@ -115,14 +126,23 @@ def declare_decoder(config: ModelConfig) -> tuple[dict[str, Any], Callable]:
             specs[stack.name] = jax.tree.map(repeat, block_specs[stack.moe], is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
 
     def forward(
-        params, tokens, positions, scope: Scope, scales: Mapping[str, Float[Array, "L"]], capture: tuple[str, ...], replay: Replay | None
+        params,
+        tokens,
+        positions,
+        scope: Scope,
+        scales: Mapping[str, Float[Array, "L"]],
+        capture: tuple[str, ...],
+        replay: Replay | None,
+        cache: Cache | None,
     ):
         def through_blocks(x):
-            found = []
+            found, after = [], cache
             for segment in plan:
-                x, outputs = _through_segment(config, gathering, segment, params, x, positions, scope, scales, capture, replay)
+                (x, after), outputs = _through_segment(
+                    config, gathering, segment, params, (x, after), positions, scope, scales, capture, replay
+                )
                 found.extend((stack.layers, output) for stack, output in zip(segment, outputs, strict=True) if output)
-            return x, _in_layer_order(found)
+            return x, _in_layer_order(found), after
 
         def gathering(moe: bool, layer_params, *args):
             return blocks[moe](_gathered(scope, layer_params, block_specs[moe]), *args)
@@ -137,15 +157,15 @@ def _gathered(scope: Scope, params, specs):
     return params if scope.layout is None else scope.layout.gathered(params, specs)
 
 
-def _through_segment(config, block, segment, params, x, positions, scope, scales, capture, replay):
-    """x through one segment, and for each of its stacks what the routers did, with a leading axis of that stack's layers."""
+def _through_segment(config, block, segment, params, carry, positions, scope, scales, capture, replay):
+    """(x, cache) through one segment, and for each of its stacks what the routers did, with a leading axis of that stack's layers."""
 
-    def step(x, per_layer):
-        outputs = []
+    def step(carry, per_layer):
+        (x, cache), outputs = carry, []
         for stack, (layer_params, layer, layer_scales, routes) in zip(segment, per_layer, strict=True):
-            x, output = block(stack.moe, layer_params, x, positions, scope.at(layer, layer_scales), capture, routes)
+            x, output, cache = block(stack.moe, layer_params, x, positions, scope.at(layer, layer_scales), capture, routes, cache)
             outputs.append(output)
-        return x, outputs
+        return (x, cache), outputs
 
     step = remat(step, config.remat, scope.layout is not None and scope.layout.size("fsdp") > 1)
     per_layer = [
@@ -158,12 +178,12 @@ def _through_segment(config, block, segment, params, x, positions, scope, scales
         for stack in segment
     ]
     if config.scan_layers:
-        return jax.lax.scan(step, x, per_layer)
+        return jax.lax.scan(step, carry, per_layer)
     outputs = []
     for index in range(len(segment[0].layers)):
-        x, output = step(x, jax.tree.map(lambda leaf: leaf[index], per_layer))  # noqa: B023 (read at once)
+        carry, output = step(carry, jax.tree.map(lambda leaf: leaf[index], per_layer))  # noqa: B023 (read at once)
         outputs.append(output)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _routes_of(config: ModelConfig, stack: Stack, replay: Replay | None) -> Replay | None:

@@ -79,7 +79,7 @@ def run(
     if checkpoints is not None and checkpoints.latest() is not None:
         state, _, start = checkpoints.restore(state)
     elif config.start:
-        state = dataclasses.replace(state, params=program.put(_parameters(config)))
+        state = dataclasses.replace(state, params=_parameters(config, program))
     metrics = nullcontext() if folder is None else on_all(lambda: MetricsWriter(folder))
     with metrics as writer, on_all(lambda: _routes_writer(config, data)) as routes:
         recorder = _Recorder(writer, start, config.log_every, routes)
@@ -89,12 +89,12 @@ def run(
     return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
 
-def _parameters(config: RunConfig) -> dict[str, Any]:
-    """The parameters of the run that this one starts from."""
+def _parameters(config: RunConfig, program: Program) -> dict[str, Any]:
+    """The parameters that this run starts from."""
     saved = load_model(config.start)
-    if changed := differences(saved.config, config.model):
+    if changed := differences(saved.config.what(), config.model.what()):
         raise ConfigError(f"the model in {config.start} is another one than this run's: {some(changed, 8)}")
-    return saved.params
+    return program.put(saved.load(program.model, None))
 
 
 def _routes_writer(config: RunConfig, data: Data) -> Any:

@@ -96,12 +96,8 @@ class Program:
         return {name: jax.tree.map(lambda x, at=axis + (name == "replay"): put(np.asarray(x), at), value) for name, value in batch.items()}
 
     def put(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Parameters that every process has, where they belong on the mesh."""
-        if self.model.mesh is None:
-            return params
-        return jax.tree.map(
-            lambda x, at: jax.make_array_from_callback(x.shape, at, np.asarray(x).__getitem__), params, self.model.shardings
-        )
+        """Parameters of the model, on the devices that this program runs on: where the model has them."""
+        return params
 
     def evaluate(self, params, batches: Iterable[dict[str, Any]], knobs: Knobs, sequences: int | None = None) -> dict[str, Any]:
         """The sums of all batches' metrics, on the host: (sum, count) pairs as float64, loads as float64 arrays.

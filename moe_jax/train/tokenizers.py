@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import mmap
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +12,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_jax.errors import ConfigError, DataError, nearest
+from moe_jax.hf import gguf
+from moe_jax.train.chat import Chat
 from moe_jax.train.run_folder import write_atomic
 from moe_jax.train.sources import Cache, cache_root, find, locate, sha256_of
 
@@ -33,6 +33,7 @@ class Tokenizer:
     fingerprint: str  # sha256, hex, of everything that decides the ids
     encode_many: Callable[[Sequence[str]], list[Int32[np.ndarray, "N"]]] = field(repr=False, compare=False)
     decode: Callable[[Sequence[int] | np.ndarray], str] = field(repr=False, compare=False)
+    chat: Chat = field(default=Chat(), repr=False, compare=False)
 
     def encode(self, text: str) -> Int32[np.ndarray, "N"]:
         """The ids of one text."""
@@ -51,13 +52,22 @@ def load(spec: str, training_documents: Sequence[str] | None = None, cache: Cach
     if spec == "bytes":
         return _bytes()
     if spec == "smollm2":
-        return _wrap(spec, _smollm2(cache), END_OF_TEXT)
+        return _wrap(spec, *_smollm2(cache), END_OF_TEXT)
     if spec.startswith("bpe:"):
         if not training_documents:
             raise ConfigError(f"{spec} is trained on documents; none were given")
-        return _wrap(spec, _trained(int(spec[4:]), training_documents, cache), END_OF_TEXT)
-    path, mark, end = spec.partition(".json#")
-    return _wrap(spec, _from_file(Path(path + ".json" if mark else spec).expanduser()), end or None)
+        return _wrap(spec, _trained(int(spec[4:]), training_documents, cache), Chat(), END_OF_TEXT)
+    text, mark, end = spec.partition(".json#")
+    path = Path(text + ".json" if mark else spec).expanduser()
+    return _wrap(spec, _from_file(path), Chat.beside(path), end or None)
+
+
+def save(spec: str, folder: Path, cache: Cache = None) -> None:
+    """Writes tokenizer.json and what goes with it into a folder, of `smollm2` or of another folder's tokenizer.json."""
+    path = Path(spec.partition("#")[0]).expanduser()
+    backend, chat = _smollm2(cache) if spec == "smollm2" else (_from_file(path), Chat.beside(path))
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    chat.write(folder)
 
 
 def check_spec(spec: str) -> None:
@@ -93,7 +103,7 @@ def _library() -> Any:
     return tokenizers
 
 
-def _wrap(name: str, backend: Any, end: str | None) -> Tokenizer:
+def _wrap(name: str, backend: Any, chat: Chat, end: str | None) -> Tokenizer:
     """A Tokenizer around one of the library's; `end` is the token that ends a document (None: the first known one)."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if end is not None and end not in vocabulary:
@@ -110,7 +120,7 @@ def _wrap(name: str, backend: Any, end: str | None) -> Tokenizer:
     canonical = json.dumps([json.loads(backend.to_str()), end], sort_keys=True)
     fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
     eos_id = None if end is None else vocabulary[end]
-    return Tokenizer(name, max(vocabulary.values()) + 1, eos_id, fingerprint, encode_many, decode)
+    return Tokenizer(name, max(vocabulary.values()) + 1, eos_id, fingerprint, encode_many, decode, chat)
 
 
 def _from_file(path: Path) -> Any:
@@ -165,63 +175,20 @@ def _trained(vocab_size: int, documents: Sequence[str], cache: Cache) -> Any:
     return backend
 
 
-def _smollm2(cache: Cache) -> Any:
+def _smollm2(cache: Cache) -> tuple[Any, Chat]:
     """SmolLM2's, out of the metadata of its GGUF file."""
     library = _library()
     path = locate(find("smollm2_tokenizer"), cache)[0]
     names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
-    metadata = read_gguf_metadata(path, names)
+    ids = {f"{word}_token": f"tokenizer.ggml.{word}_token_id" for word in ("bos", "eos", "unknown", "padding")}
+    metadata = gguf.read_metadata(path, names, ["tokenizer.chat_template", *ids.values()])
     tokens, types, merges = (metadata[name] for name in names)
+    words = tuple(
+        (name.replace("unknown", "unk").replace("padding", "pad"), tokens[metadata[key]]) for name, key in ids.items() if key in metadata
+    )
+    stops = (metadata[ids["eos_token"]],) if ids["eos_token"] in metadata else ()
     pairs = [tuple(merge.split(" ")) for merge in merges]
     backend = _byte_level(library.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
     backend.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
-    return backend
-
-
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
-
-
-def read_gguf_metadata(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The named metadata values of a GGUF file (version 2 or 3); its tensors are not touched.
-
-    Raises DataError for a damaged file or an absent name.
-    Layout (ggml's docs/gguf.md): "GGUF", version, tensor count, pair count, then (key, type, value) pairs.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            magic, version, _, count = struct.unpack_from("<4sIQQ", view, 0)
-            if magic != b"GGUF" or version not in (2, 3):
-                raise DataError(f"{path} is not a GGUF file of version 2 or 3 (it starts with {magic!r}, version {version})")
-            found, at = {}, struct.calcsize("<4sIQQ")
-            for _ in range(count):
-                key, at = _gguf_value(view, at, _STRING)
-                (type_,) = struct.unpack_from("<I", view, at)
-                value, at = _gguf_value(view, at + 4, type_)
-                if key in names:
-                    found[key] = value
-    except (struct.error, KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: its metadata cannot be read ({type(error).__name__}: {error})") from None
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise DataError(f"{path} lacks the metadata {', '.join(missing)}")
-    return found
-
-
-def _gguf_value(view: mmap.mmap, at: int, type_: int) -> tuple[Any, int]:
-    """The value of a GGUF type at byte `at`, and where it ends. A length or count that lies ends in an error at the file's end."""
-    if type_ == _STRING:
-        (length,) = struct.unpack_from("<Q", view, at)
-        end = at + 8 + length
-        if end > len(view):
-            raise ValueError(f"a string of {length} bytes at byte {at} runs past the end, {len(view)}")
-        return view[at + 8 : end].decode(), end
-    if type_ == _ARRAY:
-        kind, count = struct.unpack_from("<IQ", view, at)
-        at, values = at + 12, []
-        for _ in range(count):
-            value, at = _gguf_value(view, at, kind)
-            values.append(value)
-        return values, at
-    return struct.unpack_from(_SCALARS[type_], view, at)[0], at + struct.calcsize(_SCALARS[type_])
+    return backend, Chat(metadata.get("tokenizer.chat_template", ""), words, stops)

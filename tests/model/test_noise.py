@@ -261,7 +261,7 @@ def test_fused_and_separate_projections_have_the_same_noise():
     def both(params, joined):
         scope = scope_of("attention=relative:0.2", NUMBERS)
         return [
-            jax.value_and_grad(lambda p, f=f: jnp.sin(f(p, X, positions, scope)).sum())(p) for f, p in ((separate, params), (fused, joined))
+            jax.value_and_grad(lambda p, f=f: jnp.sin(f(p, X, positions, scope)[0]).sum())(p) for f, p in ((separate, params), (fused, joined))
         ]
 
     (value, gradients), (other, others) = both(params, joined)

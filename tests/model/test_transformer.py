@@ -113,7 +113,7 @@ def test_the_forward_pass_is_the_layers_one_after_the_other(count, dense, make_p
     for layer in range(count):
         name, index = places[layer]
         here = scope.at(jnp.int32(layer), {site: scale[layer] for site, scale in scales.scales.items()})
-        x, router = blocks[layer not in dense](jax.tree.map(lambda leaf, i=index: leaf[i], params[name]), x, positions, here, ())
+        x, router, _ = blocks[layer not in dense](jax.tree.map(lambda leaf, i=index: leaf[i], params[name]), x, positions, here, ())
         ids.extend([router["ids"]] if router else [])
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * params["norm_final"]["scale"]
     np.testing.assert_array_equal(out.trace.layer_index, [layer for layer in range(count) if layer not in dense])

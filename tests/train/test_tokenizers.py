@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import ConfigError, DataError
+from moe_jax.hf import gguf
 from moe_jax.train import sources, texts, tokenizers
 
 TEXT = "Grüße, 日本\n\t2024 — naïve"
@@ -143,9 +144,9 @@ NAMES = ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.m
 
 def test_gguf_reader(tmp_path):
     path = gguf_file(tmp_path / "x.gguf", ["<|endoftext|>", "a", "Ġ"], [3, 1, 1], ["Ġ a"])
-    assert list(tokenizers.read_gguf_metadata(path, NAMES).values()) == ["tiny", ["<|endoftext|>", "a", "Ġ"], ["Ġ a"], [3, 1, 1]]
+    assert list(gguf.read_metadata(path, NAMES).values()) == ["tiny", ["<|endoftext|>", "a", "Ġ"], ["Ġ a"], [3, 1, 1]]
     with pytest.raises(DataError, match="lacks the metadata gone"):
-        tokenizers.read_gguf_metadata(path, ["gone"])
+        gguf.read_metadata(path, ["gone"])
 
 
 @pytest.mark.parametrize("last", [(), ("text",)])
@@ -155,7 +156,7 @@ def test_gguf_cut_anywhere_is_one_clear_error(tmp_path, last):
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(DataError, match="is damaged"):
-            tokenizers.read_gguf_metadata(path, NAMES)
+            gguf.read_metadata(path, NAMES)
 
 
 def test_gguf_lying_counts_end_quickly(tmp_path):
@@ -165,14 +166,14 @@ def test_gguf_lying_counts_end_quickly(tmp_path):
         at = 16 if kind is None else whole.index(struct.pack("<IIQ", 9, kind, 2)) + 8
         path.write_bytes(whole[:at] + struct.pack("<Q", 1 << 60) + whole[at + 8 :])
         with pytest.raises(DataError, match="is damaged"):
-            tokenizers.read_gguf_metadata(path, NAMES)
+            gguf.read_metadata(path, NAMES)
     nested = gguf_string("deep") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + nested)
     with pytest.raises(DataError, match="is damaged"):
-        tokenizers.read_gguf_metadata(path, NAMES)
+        gguf.read_metadata(path, NAMES)
     path.write_bytes(b"PK\3\4" + bytes(100))
     with pytest.raises(DataError, match="not a GGUF file"):
-        tokenizers.read_gguf_metadata(path, NAMES)
+        gguf.read_metadata(path, NAMES)
 
 
 def test_smollm2_is_rebuilt_from_its_metadata(tmp_path, monkeypatch):

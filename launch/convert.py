@@ -1,0 +1,100 @@
+"""Turns a model into a Hugging Face checkpoint folder, which every --model and --start here reads, and transformers too.
+
+  python -m launch.convert --from=smollm2_135m --to=models/smollm2
+  python -m launch.convert --from=models/smollm2 --to=models/smollm2_4x --upcycle_experts=4 --experts_per_token=2
+  python -m launch.train   --start=models/smollm2_4x --steps=300 --workdir=runs/smollm2_4x
+  python -m launch.convert --from=runs/smollm2_4x --to=models/trained --dtype=bfloat16
+
+--from is a run folder of launch.train, a Hugging Face folder, a .gguf file, smollm2_135m (launch.data --fetch=smollm2_135m), or a preset (fresh parameters).
+With --upcycle_experts a dense model becomes a mixture: copies of each feed-forward behind new routers, which give the dense model's logits until
+--expert_noise or --reinitialise makes the experts differ, or training does. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint.
+"""
+
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from launch.common import run
+
+_FROM: Any = flags.DEFINE_string("from", None, "The model.", required=True)
+_TO = flags.DEFINE_string("to", None, "The new folder. Needed unless --dry_run.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; none means the newest.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Numbers of the new files; none means those of the model.")
+_SHARD = flags.DEFINE_float("shard_gb", 4.0, "Size of a file in GB (1e9 bytes), at most.", lower_bound=1e-6)
+_EXPERTS = flags.DEFINE_integer("upcycle_experts", None, "Makes a mixture of so many experts of a dense model.", lower_bound=2)
+_PER_TOKEN = flags.DEFINE_integer("experts_per_token", 2, "Experts that each token is sent to.", lower_bound=1)
+_ROUTER = flags.DEFINE_float("router_std", 0.02, "Standard deviation of the new routers' weights.", lower_bound=0.0)
+_EXPERT_NOISE = flags.DEFINE_float(
+    "expert_noise", 0.0, "Noise on each new expert, in standard deviations of its matrices.", lower_bound=0.0
+)
+_REINITIALISE = flags.DEFINE_float("reinitialise", 0.0, "Share of each new expert's hidden units that are drawn anew.", 0.0, 1.0)
+_DENSE = flags.DEFINE_list("dense_layers", [], "Layers, counted from 0, that stay dense.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", 0, 2**32 - 1)
+_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the configuration and the parameters of what would be written; write nothing.")
+
+
+def main(argv: list[str]) -> None:
+    """Loads, perhaps upcycles, saves."""
+    import json
+    from pathlib import Path
+
+    import jax.numpy as jnp
+
+    from moe_jax.errors import ConfigError
+    from moe_jax.hf.config import config_json, family_of
+    from moe_jax.hf.save import save_hf
+    from moe_jax.model import Model
+    from moe_jax.train.saved import load_model
+    from moe_jax.upcycle import upcycle, upcycled
+
+    saved = load_model(_FROM.value, _STEP.value)
+    config = saved.config
+    if _EXPERTS.value is not None:
+        config = upcycled(config, _EXPERTS.value, _PER_TOKEN.value, _ROUTER.value, _layers(_DENSE.value))
+    model, family = Model(config), family_of(config)
+    if _DRY_RUN.value:
+        print(json.dumps(config_json(config, family), indent=2))
+        print(model.param_table())
+        return
+    if not _TO.value:
+        raise ConfigError("--to is needed: the folder that the model goes into")
+    params = saved.load(Model(saved.config), _Progress("read"))
+    if _EXPERTS.value is not None:
+        params = upcycle(Model(saved.config), params, model, _SEED.value, _EXPERT_NOISE.value, _REINITIALISE.value)
+    companions = _FROM.value if Path(_FROM.value).is_dir() else None
+    save_hf(model, params, _TO.value, _DTYPE.value, int(_SHARD.value * 1e9), companions, _Progress("wrote"))
+    if saved.tokenizer is not None and not (Path(_TO.value) / "tokenizer.json").is_file():
+        from moe_jax.train.tokenizers import save
+
+        save(saved.tokenizer, Path(_TO.value))
+    kind = _DTYPE.value or config.dtypes.params
+    size = model.parameter_count() * jnp.dtype(kind).itemsize / 1e9
+    print(
+        f"{family.architecture}, {model.parameter_count():,} parameters ({model.active_parameter_count():,} active), {size:.2f} GB in {kind}: {_TO.value}"
+    )
+
+
+def _layers(texts: list[str]) -> tuple[int, ...]:
+    from moe_jax.errors import ConfigError
+
+    if not all(text.strip().isdecimal() for text in texts):
+        raise ConfigError(f"--dense_layers takes layer numbers, got {','.join(texts)}")
+    return tuple(int(text) for text in texts)
+
+
+class _Progress:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, what: str):
+        self._what, self._last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > 5:
+            self._last = time.monotonic()
+            print(f"{self._what} {done / 1e9:.2f} of {total / 1e9:.2f} GB ({done / total:.0%})", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

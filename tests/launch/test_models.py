@@ -1,0 +1,114 @@
+"""`launch.convert`, `launch.generate`, and the other commands on a Hugging Face folder: from a stored checkpoint to a trained mixture and back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.hf.shards import find_tensors
+from moe_jax.trace_store import read_trace
+from moe_jax.train import tokenizers
+from moe_jax.train.saved import load_model
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "tests" / "parity" / "stored"
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+def command(module: str, *flags: str, code: int = 0):
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A small dense model with a tokenizer of its own, as a Hugging Face folder."""
+    from moe_jax.hf.save import save_hf
+    from moe_jax.model import Model, ModelConfig
+
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    config = ModelConfig.preset("qwen3_tiny", num_experts=0, experts_per_token=1, vocab_size=300, d_model=32, num_layers=2)
+    save_hf(Model(config), Model(config).init(0), folder)
+    backend = tokenizers.train_bpe(300, ["the capital of France is Paris", "water boils at one hundred degrees"] * 20)
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    return folder
+
+
+def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, tmp_path):
+    mixture, run, back = tmp_path / "mixture", tmp_path / "run", tmp_path / "back"
+    told = command(
+        "convert", f"--from={dense}", f"--to={mixture}", "--upcycle_experts=4", "--experts_per_token=2", "--expert_noise=0.01"
+    ).stdout
+    assert "Qwen3MoeForCausalLM" in told and json.loads((mixture / "config.json").read_text())["num_experts"] == 4
+    assert (mixture / "tokenizer.json").read_text() == (dense / "tokenizer.json").read_text()
+    small = (
+        "--set",
+        "data.seq_len=32",
+        "--set",
+        "data.batch_size=2",
+        "--set",
+        "data.max_documents=40",
+        "--set",
+        "data.eval_windows=4",
+        "--set",
+        "eval_batch=4",
+    )
+    command("train", f"--start={mixture}", "--data=synthetic", "--steps=2", f"--workdir={run}", *small)
+    assert load_model(run).run.data.tokenizer == str(mixture / "tokenizer.json")
+    command("convert", f"--from={run}", f"--to={back}", "--dtype=bfloat16")
+    before, after = find_tensors(mixture), find_tensors(back)
+    assert before.keys() == after.keys() and {str(tensor.dtype) for tensor in after.values()} == {"bfloat16"}
+    moved = [name for name in before if not np.array_equal(before[name].read().astype(after[name].dtype), after[name].read())]
+    assert any("experts" in name for name in moved) and any("gate.weight" in name for name in moved)
+
+
+def test_generation_continues_prompts_and_records_routes(dense, tmp_path):
+    mixture, routes = tmp_path / "mixture", tmp_path / "routes"
+    command("convert", f"--from={dense}", f"--to={mixture}", "--upcycle_experts=4")
+    flags = (f"--model={mixture}", "--prompt=the capital", "--prompt=water", "--max_tokens=5")
+    first = command("generate", *flags, f"--routes={routes}")
+    texts = first.stdout.split("\n\n")
+    assert texts[0].startswith("the capital") and texts[1].startswith("water") and "10 tokens of 2 sequences" in first.stderr
+    trace = read_trace(routes)
+    assert trace.ids.shape[0] == 2 and trace.ids.shape[3] == 2
+    assert command("generate", *flags).stdout == first.stdout
+    sampled = ("--temperature=2", "--top_p=0.99", "--seed=1")
+    assert command("generate", *flags, *sampled).stdout == command("generate", *flags, *sampled).stdout != first.stdout
+    assert command("generate", *flags, "--noise=experts=relative:0.9").stdout != first.stdout
+    assert "[water]" in command("generate", f"--model={mixture}", "--chat", "--prompt=water", "--max_tokens=2").stdout
+
+
+def test_sensitivity_and_record_take_a_hugging_face_folder(tmp_path):
+    model = STORED / "mixtral"
+    shown = command("sensitivity", f"--model={model}", "--noise=relative:0.05", "--data=synthetic", "--dry_run").stdout
+    assert f'"model": "{model}"' in shown
+    told = command("record", f"--model={model}", "--data=synthetic", "--steps=2", "--dry_run").stdout
+    assert "2 routing layers, 2 of 4 experts" in told
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["convert", "--from=quick", "--to=x"], 2, "no model of Hugging Face that is known here has gated=False, rope_style='interleaved'"),
+        (["convert", "--from=qwen3_tiny", "--to=x", "--upcycle_experts=4"], 2, "16 experts in 4 layers already"),
+        (["convert", "--from=nowhere", "--to=x"], 2, "no model 'nowhere'"),
+        (["convert", "--from=qwen3_tiny"], 2, "--to is needed"),
+        (["convert", "--from=qwen3_tiny", "--dense_layers=one", "--upcycle_experts=2"], 2, "--dense_layers takes layer numbers"),
+        (["generate", "--model=qwen3_tiny", "--prompt=x"], 2, "has no tokenizer of its own"),
+        (["generate", "--model=qwen3_tiny"], 2, "give --prompt=TEXT"),
+        (["generate", "--model=qwen3_tiny", "--prompts=/nowhere"], 3, "--prompts=/nowhere cannot be read"),
+        (["generate", "--model=qwen3_tiny", "--prompt=x", "--tokenizer=bytes", "--max_tokens=500"], 2, "max_seq_len=128 tokens, got 501"),
+        (["generate", "--model=qwen3_tiny", "--prompt=x", "--tokenizer=bytes", "--chat"], 2, "no chat template"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, code, message):
+    error = command(*flags, code=code).stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
