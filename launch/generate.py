@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     draw = Draw(seed=_SEED.value, phase="rollout")
     found = sampler(params, ids, sampling, noise, draw, progress=lambda *_: times.append(time.monotonic()))
     for row, prompt in enumerate(prompts):
-        print(f"{prompt}{tokenizer.decode(found.sampled(row))}\n")
+        ids = found.sampled(row)
+        print(f"{prompt}{tokenizer.decode(ids[:-1] if ids[-1] in stop else ids)}\n")
     count = int((found.lengths - found.prompt_lengths).sum())
     pace = f", {(len(times) - 2) * len(prompts) / (times[-1] - times[1]):.1f} tokens/s after compiling" if len(times) > 3 else ""
     print(f"{count} tokens of {len(prompts)} sequences in {time.monotonic() - began:.1f} s{pace}", file=sys.stderr)

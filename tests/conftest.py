@@ -17,6 +17,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import few_sizes  # noqa: E402
+
+few_sizes.use(few_sizes.few)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():

@@ -47,7 +47,7 @@ def layer(text: str, backward: bool, least: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("noisy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["clean", "noisy"])
-@pytest.mark.parametrize("dispatch", PROMISED)
+@pytest.mark.parametrize("dispatch", ["all_to_all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all_gather", "blocked"))])
 def test_an_expert_layer_sends_what_is_promised(dispatch, noisy):
     """On a mesh that divides experts alone, apart from sums of gradients and statistics, nothing else crosses devices; noise adds nothing."""
     text = compiled_text("expert=8", dispatch, noisy)

@@ -195,6 +195,7 @@ def test_a_frozen_gate_does_not_move_and_has_no_state():
     assert before[ROUTER].shape in [leaf.shape for leaf in jax.tree.leaves(free.opt_state)]
 
 
+@pytest.mark.slow
 def test_freezes_combine():
     before, after, _, _ = trained(Objective(freeze=("freeze_params", "stop_gate_gradient", "stop_aux_gradient", "freeze_bias")), steps=3)
     np.testing.assert_array_equal(after[ROUTER], before[ROUTER])
@@ -215,7 +216,9 @@ def test_the_selection_bias_moves_towards_balance_unless_frozen():
         np.testing.assert_array_equal(after[BIAS], before[BIAS])
 
 
-@pytest.mark.parametrize("policy, moves", [("off", False), ("live", True), ("replayed", True)])
+@pytest.mark.parametrize(
+    "policy, moves", [("replayed", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("off", False), ("live", True)))]
+)
 def test_the_selection_bias_follows_its_policy_under_replay(policy, moves):
     ids = np.zeros((2, 2, 16, 2), np.uint8) + np.array([0, 1], np.uint8)
     trace = RoutingTrace(ids, None, np.arange(2, dtype=np.int32))
@@ -327,6 +330,7 @@ def test_losses_and_loads_follow_their_policy():
 # --- training steps --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_micro_batches_take_their_own_rows_and_a_step_records_them():
     """Four rows in two micro-batches: the recorded trace is in the order of the batch, and its replay gives the same update to the bit."""
     tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (2, 2, 17)).astype(np.int32)

@@ -39,6 +39,7 @@ class OptimizerConfig:
     ns_form: str = "auto"  # see moe_jax.optim.muon.orthogonalise
     ns_dtype: str = "float32"
     ns_batch: str | None = None
+    matrices: str = "muon"  # of attention, feed-forwards and experts: "muon" or "adamw"
     router: str = "muon"  # "muon", "adamw" or "frozen"
     freeze_roles: tuple[str, ...] = ()
     dead_expert: str = "keep"  # "skip": an expert matrix with an exactly zero gradient is not moved
@@ -51,6 +52,7 @@ class OptimizerConfig:
     def __post_init__(self):
         for field, value, known in (
             ("variant", self.variant, VARIANTS),
+            ("matrices", self.matrices, LABELS[:2]),
             ("router", self.router, LABELS),
             ("dead_expert", self.dead_expert, ("keep", "skip")),
             ("ns_form", self.ns_form, muon.FORMS),
@@ -151,7 +153,7 @@ def _label(role: str, config: OptimizerConfig) -> str:
         return "frozen"
     if role == "router":
         return config.router
-    return "muon" if role in _MUON_ROLES else "adamw"
+    return config.matrices if role in _MUON_ROLES else "adamw"
 
 
 def _dimension_numbers(path: str, spec: ParamSpec) -> MuonDimensionNumbers:

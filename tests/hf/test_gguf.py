@@ -11,7 +11,6 @@ import pytest
 from moe_jax.errors import DataError, MoeJaxError, Unsupported
 from moe_jax.hf import gguf
 from moe_jax.hf.load import load_gguf
-from moe_jax.train import sources
 from moe_jax.train.saved import load_model
 
 DRAW = np.random.default_rng(0)
@@ -185,18 +184,3 @@ def test_a_file_cut_anywhere_is_one_clear_line(tmp_path):
         with pytest.raises(DataError) as caught:
             gguf.read(path)
         assert "\n" not in str(caught.value)
-
-
-def test_smollm2_itself():
-    """The published weights: sizes, and what they say after France (fetched: python -m launch.data --fetch=smollm2_135m)."""
-    if not sources.is_cached(sources.CATALOGUE["smollm2_135m"]):
-        pytest.skip("SmolLM2 is not in the cache; python -m launch.data --fetch=smollm2_135m")
-    from moe_jax.generate import Sampling, generate
-    from moe_jax.model import Model
-    from moe_jax.train import tokenizers
-
-    saved, tokenizer = load_model("smollm2_135m"), tokenizers.load("smollm2")
-    model = Model(saved.config)
-    assert model.parameter_count() == 134_515_008
-    found = generate(model, saved.params, [tokenizer.encode("The capital of France is")], Sampling(max_tokens=2))
-    assert tokenizer.decode(found.sampled(0)) == " Paris."

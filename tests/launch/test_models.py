@@ -42,11 +42,16 @@ def dense(tmp_path_factory):
     return folder
 
 
-def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, tmp_path):
-    mixture, run, back = tmp_path / "mixture", tmp_path / "run", tmp_path / "back"
-    told = command(
-        "convert", f"--from={dense}", f"--to={mixture}", "--upcycle_experts=4", "--experts_per_token=2", "--expert_noise=0.01"
-    ).stdout
+@pytest.fixture(scope="module")
+def mixture(dense, tmp_path_factory):
+    """That model as a mixture, and what the command said."""
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    flags = ("--upcycle_experts=4", "--experts_per_token=2", "--expert_noise=0.01")
+    return folder, command("convert", f"--from={dense}", f"--to={folder}", *flags).stdout
+
+
+def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, mixture, tmp_path):
+    (mixture, told), run, back = mixture, tmp_path / "run", tmp_path / "back"
     assert "Qwen3MoeForCausalLM" in told and json.loads((mixture / "config.json").read_text())["num_experts"] == 4
     assert (mixture / "tokenizer.json").read_text() == (dense / "tokenizer.json").read_text()
     small = (
@@ -70,20 +75,16 @@ def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, tmp_pa
     assert any("experts" in name for name in moved) and any("gate.weight" in name for name in moved)
 
 
-def test_generation_continues_prompts_and_records_routes(dense, tmp_path):
-    mixture, routes = tmp_path / "mixture", tmp_path / "routes"
-    command("convert", f"--from={dense}", f"--to={mixture}", "--upcycle_experts=4")
-    flags = (f"--model={mixture}", "--prompt=the capital", "--prompt=water", "--max_tokens=5")
+def test_generation_continues_prompts_and_records_routes(mixture, tmp_path):
+    routes, flags = tmp_path / "routes", (f"--model={mixture[0]}", "--prompt=the capital", "--prompt=water", "--max_tokens=5")
     first = command("generate", *flags, f"--routes={routes}")
     texts = first.stdout.split("\n\n")
     assert texts[0].startswith("the capital") and texts[1].startswith("water") and "10 tokens of 2 sequences" in first.stderr
     trace = read_trace(routes)
     assert trace.ids.shape[0] == 2 and trace.ids.shape[3] == 2
-    assert command("generate", *flags).stdout == first.stdout
-    sampled = ("--temperature=2", "--top_p=0.99", "--seed=1")
-    assert command("generate", *flags, *sampled).stdout == command("generate", *flags, *sampled).stdout != first.stdout
-    assert command("generate", *flags, "--noise=experts=relative:0.9").stdout != first.stdout
-    assert "[water]" in command("generate", f"--model={mixture}", "--chat", "--prompt=water", "--max_tokens=2").stdout
+    other = ("--chat", "--noise=experts=relative:0.9", "--temperature=2", "--top_p=0.99", "--seed=1")
+    again = command("generate", *flags, *other).stdout
+    assert again == command("generate", *flags, *other).stdout and again.startswith("[the capital]")
 
 
 def test_sensitivity_and_record_take_a_hugging_face_folder(tmp_path):
@@ -98,15 +99,26 @@ def test_sensitivity_and_record_take_a_hugging_face_folder(tmp_path):
     "flags, code, message",
     [
         (["convert", "--from=quick", "--to=x"], 2, "no model of Hugging Face that is known here has gated=False, rope_style='interleaved'"),
-        (["convert", "--from=qwen3_tiny", "--to=x", "--upcycle_experts=4"], 2, "16 experts in 4 layers already"),
-        (["convert", "--from=nowhere", "--to=x"], 2, "no model 'nowhere'"),
-        (["convert", "--from=qwen3_tiny"], 2, "--to is needed"),
-        (["convert", "--from=qwen3_tiny", "--dense_layers=one", "--upcycle_experts=2"], 2, "--dense_layers takes layer numbers"),
+        pytest.param(
+            ["convert", "--from=qwen3_tiny", "--to=x", "--upcycle_experts=4"], 2, "16 experts in 4 layers already", marks=pytest.mark.slow
+        ),
+        pytest.param(["convert", "--from=nowhere", "--to=x"], 2, "no model 'nowhere'", marks=pytest.mark.slow),
+        pytest.param(["convert", "--from=qwen3_tiny"], 2, "--to is needed", marks=pytest.mark.slow),
+        pytest.param(
+            ["convert", "--from=qwen3_tiny", "--dense_layers=one", "--upcycle_experts=2"],
+            2,
+            "--dense_layers takes layer numbers",
+            marks=pytest.mark.slow,
+        ),
         (["generate", "--model=qwen3_tiny", "--prompt=x"], 2, "has no tokenizer of its own"),
-        (["generate", "--model=qwen3_tiny"], 2, "give --prompt=TEXT"),
-        (["generate", "--model=qwen3_tiny", "--prompts=/nowhere"], 3, "--prompts=/nowhere cannot be read"),
+        pytest.param(["generate", "--model=qwen3_tiny"], 2, "give --prompt=TEXT", marks=pytest.mark.slow),
+        pytest.param(
+            ["generate", "--model=qwen3_tiny", "--prompts=/nowhere"], 3, "--prompts=/nowhere cannot be read", marks=pytest.mark.slow
+        ),
         (["generate", "--model=qwen3_tiny", "--prompt=x", "--tokenizer=bytes", "--max_tokens=500"], 2, "max_seq_len=128 tokens, got 501"),
-        (["generate", "--model=qwen3_tiny", "--prompt=x", "--tokenizer=bytes", "--chat"], 2, "no chat template"),
+        pytest.param(
+            ["generate", "--model=qwen3_tiny", "--prompt=x", "--tokenizer=bytes", "--chat"], 2, "no chat template", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(flags, code, message):

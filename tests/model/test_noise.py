@@ -140,6 +140,7 @@ def test_every_way_to_compute_is_the_same_network(way, small, noisy, quick_dispa
     assert_same(jax.jit(step_of(**WAYS[way]))(small, TOKENS, EVERYWHERE, DRAW), noisy)
 
 
+@pytest.mark.slow
 def test_without_jit(small, noisy):
     assert_same(step_of()(small, TOKENS, EVERYWHERE, DRAW), noisy)
 
@@ -261,7 +262,8 @@ def test_fused_and_separate_projections_have_the_same_noise():
     def both(params, joined):
         scope = scope_of("attention=relative:0.2", NUMBERS)
         return [
-            jax.value_and_grad(lambda p, f=f: jnp.sin(f(p, X, positions, scope)[0]).sum())(p) for f, p in ((separate, params), (fused, joined))
+            jax.value_and_grad(lambda p, f=f: jnp.sin(f(p, X, positions, scope)[0]).sum())(p)
+            for f, p in ((separate, params), (fused, joined))
         ]
 
     (value, gradients), (other, others) = both(params, joined)

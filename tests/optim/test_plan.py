@@ -48,6 +48,16 @@ total     10 leaves            3,376 parameters
 """
 
 
+def test_matrices_may_have_adamw():
+    """As fine-tuning often does; the router has its own choice."""
+    labels = {leaf.path: leaf.label for leaf in plan(SPECS, OptimizerConfig(matrices="adamw")).leaves}
+    assert {path for path, label in labels.items() if label == "muon"} == {"layers/router"}
+    both = plan(SPECS, OptimizerConfig(matrices="adamw", router="adamw"))
+    assert {leaf.label for leaf in both.leaves} == {"adamw", "frozen"}
+    before, after, _ = train(OptimizerConfig(matrices="adamw", router="adamw", **FREE))
+    assert all((after[path] != before[path]).any() for path in labels if labels[path] != "frozen")
+
+
 def draw(seed, scale=1.0):
     generator = np.random.default_rng(seed)
     return jax.tree.map(lambda spec: jnp.asarray(scale * generator.standard_normal(spec.shape, np.float32)), SPECS)
@@ -253,6 +263,7 @@ def test_a_dead_expert_through_the_plan(dead):
     [
         ({"variant": "moonlite"}, "did you mean 'moonlight'"),
         ({"router": "adam"}, "did you mean 'adamw'"),
+        ({"matrices": "frozen"}, "unknown matrices 'frozen'; known: muon, adamw"),
         ({"freeze_roles": ("routr",)}, "did you mean 'router'"),
         ({"ns_form": "gramm"}, "did you mean 'gram'"),
         ({"ns_batch": "loop"}, "unknown ns_batch 'loop'; known: map, vmap"),

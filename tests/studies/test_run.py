@@ -142,6 +142,7 @@ def test_what_runs_share_is_prepared_before_each(smoke, tmp_path):
     assert outcome.compiled["train"] == 1 and [len(series["train/loss"]) for _, series, _ in rows(tmp_path).values()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_lanes_find_what_one_run_after_the_other_finds(finished, smoke, tmp_path):
     """Four at a time: the same numbers to the last bit, the same table, one program."""
     outcome = run_study(smoke, tmp_path, lanes=4)
@@ -167,6 +168,7 @@ def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, t
     assert rows(tmp_path) == rows(finished[0])
 
 
+@pytest.mark.slow
 def test_in_lanes_a_failure_is_its_own_and_an_unforeseen_error_comes_at_the_end(finished, smoke, tmp_path, monkeypatch):
     """Of three at a time one meets a non-finite value and one a fault: the third is finished and the fault is raised."""
     design = dataclasses.replace(smoke.design, only=smoke.design.cells()[:3], comparisons=())
@@ -196,6 +198,7 @@ def test_in_lanes_a_failure_is_its_own_and_an_unforeseen_error_comes_at_the_end(
     assert third == {key: metrics for key, (metrics, *_) in rows(finished[0]).items() if key in third}
 
 
+@pytest.mark.slow
 def test_runs_of_two_structures_are_not_mixed(smoke, tmp_path):
     """Cells alternate between two programs; three lanes take those of one together, in the order of the design, after each was prepared."""
     prepared = []

@@ -113,6 +113,7 @@ def test_more_lanes_than_devices(alone, monkeypatch, tmp_path):
     assert errors == [None] * 5 and left == dict(enumerate(alone[:5])) and shared.program.compiled["train"] == 1
 
 
+@pytest.mark.slow
 def test_lanes_stopped_at_different_updates_go_on_in_other_lanes_or_none(alone, lanes, tmp_path):
     """Each stopped after another update; then four go on in lanes of other devices and two by themselves."""
 
@@ -140,6 +141,7 @@ def test_a_run_alone_goes_on_in_a_lane(alone, lanes, tmp_path):
     assert errors == [None] * 2 and left == {6: alone[6], 7: alone[7]}
 
 
+@pytest.mark.slow
 def test_what_one_lane_meets_the_others_do_not(alone, lanes, tmp_path):
     """A value that is not finite in lane 1, and a fault in lane 2."""
 

@@ -58,7 +58,7 @@ def test_it_learns_and_reports(unbroken, program):
     assert program.compiled == {"init": 1, "train": 1, "evaluate": 1}
 
 
-@pytest.mark.parametrize("after", [1, 4, 7, 11])
+@pytest.mark.parametrize("after", [7, *(pytest.param(after, marks=pytest.mark.slow) for after in (1, 4, 11))])
 def test_a_stopped_run_goes_on_to_the_same_bits(unbroken, program, data, tmp_path, after):
     """Stopped after `after` updates and run again: every loss, metric and load is that of the run that was not stopped."""
     polls = iter(range(100))
