@@ -126,7 +126,7 @@ class _Parts:
         for (rows, *rest), devices in holders.items():
             step = max(1, _PIECE * (rows[1] - rows[0]) // max(stored.nbytes, 1))
             for first in range(*rows, step):
-                piece = stored.read((slice(first, min(first + step, rows[1])), *(slice(*columns) for columns in rest)))
+                piece = stored.read((slice(first, min(first + step, rows[1])), *(slice(begin, end) for begin, end in rest)))
                 at = (first - rows[0], *(0 for _ in rest))
                 for device in devices:
                     within = tuple(i - part.start for i, part in zip(target.index, self.places[device], strict=False))
