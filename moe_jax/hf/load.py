@@ -123,11 +123,11 @@ class _Parts:
             if all(part.start <= i < part.stop for i, part in zip(target.index, place, strict=False)):
                 inner = place[stack:][::-1] if target.transposed else place[stack:]
                 holders.setdefault(tuple((part.start, part.stop) for part in inner), []).append(device)
-        for (rows, *rest), devices in holders.items():
-            step = max(1, _PIECE * (rows[1] - rows[0]) // max(stored.nbytes, 1))
-            for first in range(*rows, step):
-                piece = stored.read((slice(first, min(first + step, rows[1])), *(slice(begin, end) for begin, end in rest)))
-                at = (first - rows[0], *(0 for _ in rest))
+        step = max(1, _PIECE * stored.shape[0] // max(stored.nbytes, 1))
+        for ((begin, end), *rest), devices in holders.items():
+            for first in range(begin, end, step):
+                piece = stored.read((slice(first, min(first + step, end)), *(slice(*columns) for columns in rest)))
+                at = (first - begin, *(0 for _ in rest))
                 for device in devices:
                     within = tuple(i - part.start for i, part in zip(target.index, self.places[device], strict=False))
                     where = tuple(map(np.int32, (*within, *(at[::-1] if target.transposed else at))))
