@@ -10,8 +10,6 @@ With --upcycle_experts a dense model becomes a mixture: copies of each feed-forw
 --expert_noise or --reinitialise makes the experts differ, or training does. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint.
 """
 
-import sys
-import time
 from typing import Any
 
 from absl import flags
@@ -47,6 +45,7 @@ def main(argv: list[str]) -> None:
     from moe_jax.hf.save import save_hf
     from moe_jax.model import Model
     from moe_jax.train.saved import load_model
+    from moe_jax.train.writers import Transfer
     from moe_jax.upcycle import upcycle, upcycled
 
     saved = load_model(_FROM.value, _STEP.value)
@@ -60,11 +59,11 @@ def main(argv: list[str]) -> None:
         return
     if not _TO.value:
         raise ConfigError("--to is needed: the folder that the model goes into")
-    params = saved.load(Model(saved.config), _Progress("read"))
+    params = saved.load(Model(saved.config), Transfer("read"))
     if _EXPERTS.value is not None:
         params = upcycle(Model(saved.config), params, model, _SEED.value, _EXPERT_NOISE.value, _REINITIALISE.value)
     companions = _FROM.value if Path(_FROM.value).is_dir() else None
-    save_hf(model, params, _TO.value, _DTYPE.value, int(_SHARD.value * 1e9), companions, _Progress("wrote"))
+    save_hf(model, params, _TO.value, _DTYPE.value, int(_SHARD.value * 1e9), companions, Transfer("wrote"))
     if saved.tokenizer is not None and not (Path(_TO.value) / "tokenizer.json").is_file():
         from moe_jax.train.tokenizers import save
 
@@ -82,18 +81,6 @@ def _layers(texts: list[str]) -> tuple[int, ...]:
     if not all(text.strip().isdecimal() for text in texts):
         raise ConfigError(f"--dense_layers takes layer numbers, got {','.join(texts)}")
     return tuple(int(text) for text in texts)
-
-
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self, what: str):
-        self._what, self._last = what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._last > 5:
-            self._last = time.monotonic()
-            print(f"{self._what} {done / 1e9:.2f} of {total / 1e9:.2f} GB ({done / total:.0%})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

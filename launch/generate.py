@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     from moe_jax.model import DTypePolicy, Model
     from moe_jax.noise import NoiseSpec
     from moe_jax.train.saved import load_model
+    from moe_jax.train.writers import Transfer
 
     prompts = _read_prompts()
     saved = load_model(_MODEL.value)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
         prompts = [tokenizer.chat.render([{"role": "user", "content": prompt}]) for prompt in prompts]
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     model = Model(config, _MESH.build())
-    params = saved.load(model, None)
+    params = saved.load(model, Transfer("read"))
     stop = tuple(sorted({*tokenizer.chat.stops, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))}))
     sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, stop, _SEED.value)
     sampler = Sampler(model, _TOP_K.value, bool(_ROUTES.value))

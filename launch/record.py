@@ -13,7 +13,7 @@ from absl import flags
 from launch.common import apply_overrides, define_set, run
 from moe_jax.errors import ConfigError
 
-_MODEL = flags.DEFINE_string("model", None, "A run folder of launch.train, or a preset (fresh parameters).", required=True)
+_MODEL = flags.DEFINE_string("model", None, "A run folder, a Hugging Face folder, or a preset (fresh parameters).", required=True)
 _OUT = flags.DEFINE_string("out", None, "The folder of the routes. Needed unless --dry_run.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Updates whose batches are passed, or batches of validation windows.", lower_bound=1)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "validation"], "Which text.")

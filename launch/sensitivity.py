@@ -7,7 +7,8 @@ Runs the validation windows clean and then noisy in every way: {routers choose, 
 router x experts x attention x rest, as far as --noise names their sites, each with the same draws; and the noisy pass's experts in the clean model. Writes
 report.html, report.md, report.json and figures into the workdir and prints the table of damages. The same command gives the same bits.
 
---model is a run folder of launch.train, its checkpoints, or a preset, whose parameters are then fresh. A run folder brings its own text.
+--model is a run folder of launch.train, its checkpoints, whatever else launch.convert --from takes, or a preset, whose parameters are then fresh. A run folder
+brings its own text.
 Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
 """
 
@@ -19,7 +20,7 @@ from absl import flags
 from launch.common import apply_overrides, define_set, run
 from moe_jax.errors import ConfigError
 
-_MODEL = flags.DEFINE_string("model", None, "A run folder, or a preset: tiny, quick, small, seed_79m.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "A run folder, a Hugging Face folder, smollm2_135m, or a preset, e.g. quick.", required=True)
 _NOISE = flags.DEFINE_string(
     "noise", None, "SITE=KIND:SCALE[:passes=…][:layers=…], comma-separated; SITE all, or none, is every matmul.", required=True
 )

@@ -18,12 +18,16 @@ from absl import flags
 
 from launch.common import StopRequests, apply_overrides, define_hosts, define_mesh, define_set, run
 
-_PRESET = flags.DEFINE_string("preset", None, "Model preset: tiny, quick, small, seed_79m. None means the model of --start, or quick.")
+_PRESET = flags.DEFINE_string(
+    "preset", None, "Model preset: tiny, quick, small, seed_79m, qwen3_tiny and larger ones. None means the model of --start, or quick."
+)
 _DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt).")
 _STEPS = flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…][:layers=…], comma-separated, e.g. router_logits=additive:0.1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Initial weights, data order and draws; --set init_seed= and the like part them.", lower_bound=0)
-_START = flags.DEFINE_string("start", "", "A run folder whose parameters are the first; the optimizer begins anew.")
+_START = flags.DEFINE_string(
+    "start", "", "A run folder, a Hugging Face folder or smollm2_135m, whose parameters are the first; the optimizer begins anew."
+)
 _REPLAY = flags.DEFINE_string(
     "replay", "", "Routes of launch.record to take instead of the routers' choice, those of the update's own batch."
 )

@@ -32,7 +32,7 @@ from moe_jax.train.run_config import RunConfig
 from moe_jax.train.run_folder import some
 from moe_jax.train.saved import load_model
 from moe_jax.train.state import TrainState
-from moe_jax.train.writers import MetricsWriter, Progress, read_metrics
+from moe_jax.train.writers import MetricsWriter, Progress, Transfer, read_metrics
 
 Series = dict[str, list[list[float]]]  # name -> [[step, value], ...]
 
@@ -94,7 +94,7 @@ def _parameters(config: RunConfig, program: Program) -> dict[str, Any]:
     saved = load_model(config.start)
     if changed := differences(saved.config.what(), config.model.what()):
         raise ConfigError(f"the model in {config.start} is another one than this run's: {some(changed, 8)}")
-    return program.put(saved.load(program.model, None))
+    return program.put(saved.load(program.model, Transfer("read")))
 
 
 def _routes_writer(config: RunConfig, data: Data) -> Any:

@@ -241,6 +241,20 @@ class Progress(Closing):
         self._last_line, self._line = now, ""
 
 
+class Transfer:
+    """How many bytes have been moved: a line every `every` seconds, process 0's alone; what takes less time says nothing."""
+
+    def __init__(self, what: str, every: float = 5.0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self._what, self._every, self._stream, self._clock = what, every, stream or sys.stderr, clock
+        self._last = clock()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._clock() - self._last >= self._every and distributed.first():
+            self._last = self._clock()
+            self._stream.write(f"{self._what} {done / 1e9:.2f} of {total / 1e9:.2f} GB ({done / total:.0%})\n")
+            self._stream.flush()
+
+
 def _bar(stream: TextIO, label: str, total: int, start: int) -> Any:
     """A rich progress bar with one task and a line of text. Rich comes with flax; without it None, and the plain lines do."""
     try:

@@ -77,6 +77,7 @@ def test_relative_noise_has_its_scale_as_error(everywhere):
     assert ratio(everywhere, "norm_moe") == pytest.approx(0.01, rel=0.3)  # the scales are 1
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_number(params, batch):
     noise, draw = CONFIG.resolve(NoiseSpec.parse("relative:0.1,embedding=jitter:0.2")), Draw(seed=np.uint32(3), phase="train")
 

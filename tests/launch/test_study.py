@@ -113,6 +113,7 @@ def test_a_missing_or_corrupt_corpus_is_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_train_command_runs_and_resumes(tmp_path):
     arguments = ("launch.train", "--preset=tiny", "--data=synthetic", "--steps=4", f"--workdir={tmp_path}", "--set", "model.num_layers=1")
     done = finish(*arguments)

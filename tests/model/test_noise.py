@@ -135,7 +135,7 @@ def quick_dispatch(monkeypatch):
     monkeypatch.setattr(moe, "dispatch", dispatch)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if "unrolled" in way else []) for way in WAYS])
 def test_every_way_to_compute_is_the_same_network(way, small, noisy, quick_dispatch):
     assert_same(jax.jit(step_of(**WAYS[way]))(small, TOKENS, EVERYWHERE, DRAW), noisy)
 

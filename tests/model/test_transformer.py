@@ -37,7 +37,7 @@ def compiled(program, params, tokens, noise, draw):
     return one
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=pytest.mark.slow if name == "unrolled" else []) for name in VARIANTS])
 def test_variants_are_other_programs_of_one_network(compiled, variant):
     """The ids are the same exactly; the rest differs by rounding: the order of float32 sums."""
     text, ((loss, out), gradients) = compiled("plain")

@@ -110,6 +110,7 @@ def test_an_unforeseen_error_is_kept_and_raised(smoke, tmp_path, monkeypatch):
     assert len(todo(ledger)) == 12
 
 
+@pytest.mark.slow
 def test_two_structures_are_two_programs(smoke, tmp_path):
     """A change that alters the program (the gate's optimizer) compiles again; a change of a value does not."""
 

@@ -234,6 +234,7 @@ def test_a_replayed_run_is_the_recorded_one(first, second, data):
         run(longer, second(config), data)
 
 
+@pytest.mark.slow
 def test_a_replay_of_other_routes_is_another_run(first, second, data, tmp_path):
     """Routes of the model before training, held for a whole run: other losses, and the routers drift from what they are made to do."""
     program = second(SECOND)
@@ -275,6 +276,7 @@ def test_micro_batches_are_recorded_and_replayed_in_their_order(tmp_path):
     assert TraceReader(tmp_path / "r").read(1, text.batch(1)["tokens"].reshape(8, 16)).ids.shape == (1, 8, 16, 2)
 
 
+@pytest.mark.slow
 def test_evaluation_beside_reference_routes(first, second, data, tmp_path):
     """The parameters that the routes were recorded with choose all of them again; others do not."""
     folder, _ = first
@@ -312,6 +314,7 @@ def test_no_checkpoint_is_ahead_of_the_routes(second, data, tmp_path, monkeypatc
     assert order[:6] == [tuple(range(4)), 4, tuple(range(8)), 8, tuple(range(12)), 12]
 
 
+@pytest.mark.slow
 def test_a_profile_reads_like_the_model(program, data, tmp_path):
     """One update, traced: the names of the model's parts are in what xprof reads."""
     run(dataclasses.replace(CONFIG, updates=4, checkpoint_every=0), program, data, tmp_path, profile=1)

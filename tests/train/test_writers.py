@@ -17,7 +17,7 @@ import pytest
 
 from moe_jax.errors import ConfigError, MoeJaxError
 from moe_jax.train import writers
-from moe_jax.train.writers import MetricsWriter, Progress, duration_text, pace_text, read_metrics, seconds_left
+from moe_jax.train.writers import MetricsWriter, Progress, Transfer, duration_text, pace_text, read_metrics, seconds_left
 
 # --- metrics.jsonl ------------------------------------------------------------------------------------------------------------
 
@@ -251,3 +251,11 @@ def test_a_terminal_gets_a_bar():
         progress.update(2, {"loss": 1.5})
         progress.update(4, {"loss": 0.75})
     assert "4/4" in stream.getvalue() and "loss 0.7500" in stream.getvalue()
+
+
+def test_a_transfer_tells_every_few_seconds():
+    stream, now = io.StringIO(), iter(range(0, 100, 2))
+    told = Transfer("read", 5.0, stream, lambda: float(next(now)))
+    for done in range(1, 7):
+        told(done * 10**9, 8 * 10**9)
+    assert stream.getvalue().splitlines() == ["read 3.00 of 8.00 GB (38%)", "read 6.00 of 8.00 GB (75%)"]
