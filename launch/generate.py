@@ -5,7 +5,7 @@
   python -m launch.generate --model=models/smollm2_4x --prompts=prompts.txt --noise=experts=relative:0.05 --routes=routes/sampled
 
 --model is whatever launch.convert --from takes. --noise acts while sampling (its phase is rollout); the same command gives the same text. --routes records
-which experts each token took, for --replay of launch.train over the same tokens. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
+which experts each token took (mj.read_trace, mj.Replay). Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
 """
 
 import sys
@@ -45,6 +45,10 @@ def main(argv: list[str]) -> None:
     saved = load_model(_MODEL.value)
     config = saved.config.replace(dtypes=DTypePolicy(_DTYPE.value, _DTYPE.value))
     noise = config.resolve(NoiseSpec.parse(_NOISE.value)) if _NOISE.value else None
+    if noise is not None and noise.in_phase("rollout") is None:
+        raise ConfigError(
+            f"the noise {_NOISE.value} does not act while sampling, in the phase rollout; add rollout to its phases, or name none"
+        )
     if _ROUTES.value and not config.moe_layers:
         raise ConfigError(f"{_MODEL.value} is a dense model: it has no routes to record")
     tokenizer = _tokenizer(saved)

@@ -36,9 +36,9 @@ FAMILIES = {
 # Keys that say nothing about what a forward pass computes: names, ids of words, how the weights were drawn or are stored, how a program may run.
 _IGNORED = set(
     """architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
-    router_aux_loss_coef output_router_logits output_attentions output_hidden_states return_dict pretraining_tp max_window_layers _name_or_path
-    is_llama_config transformers.js_config name_or_path chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder num_experts
-    num_local_experts tokenizer_class _attn_implementation _attn_implementation_autoset""".split()
+    router_aux_loss_coef output_router_logits output_attentions output_hidden_states return_dict pretraining_tp _name_or_path name_or_path
+    chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder tokenizer_class _attn_implementation _attn_implementation_autoset
+    is_llama_config transformers.js_config""".split()  # the last two are in SmolLM2's
 )
 # Keys that have to say nothing, with how a model would differ.
 _OFF = {
@@ -51,13 +51,13 @@ _OFF = {
     "shared_expert_intermediate_size": "shared experts",
     "auto_map": "code of its own",
     "clip_qkv": "clipped q, k and v",
-    "sliding_window": "a sliding window",
     "mlp_only_layers": "dense layers",
 }
 _KNOWN = set(
     """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
-    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters rope_interleaved tie_word_embeddings attention_bias
-    use_sliding_window layer_types num_experts_per_tok norm_topk_prob decoder_sparse_step qkv_bias""".split()
+    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias
+    sliding_window use_sliding_window max_window_layers layer_types num_experts num_local_experts num_experts_per_tok norm_topk_prob
+    decoder_sparse_step""".split()
 )
 
 
@@ -106,10 +106,10 @@ def parse_config(values: dict[str, Any]) -> tuple[ModelConfig, Family]:
         "sliding_window": _window(values, layers),
         "rope_theta": _rope_theta(values),
     }
-    used = {"sliding_window"}
+    used: set[str] = set()
     if family.experts:
         fields |= _experts(values, family, layers)
-        used |= {"clip_qkv"} if kind == "olmoe" else {"mlp_only_layers"} if kind == "qwen3_moe" else set()
+        used = {"clip_qkv"} if kind == "olmoe" else {"mlp_only_layers"} if kind == "qwen3_moe" else set()
     else:
         fields |= {"num_experts": 0, "experts_per_token": 1, "d_expert": values["intermediate_size"], "d_ff": values["intermediate_size"]}
     for key, what in _OFF.items():

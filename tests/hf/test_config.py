@@ -75,6 +75,7 @@ def test_both_spellings_are_one_model():
         ({"clip_qkv": 8.0}, "clip_qkv=8.0 means clipped q, k and v"),
         ({"shared_expert_intermediate_size": 64}, "means shared experts"),
         ({"something_new": 3}, "unknown fields something_new"),
+        ({"rope_interleaved": True, "qkv_bias": True}, "unknown fields qkv_bias, rope_interleaved"),
         ({"num_experts": None}, "the number of experts is missing"),
         ({"hidden_size": "2048"}, "a field is missing or of another kind"),
         ({"num_hidden_layers": None}, "a field is missing or of another kind"),

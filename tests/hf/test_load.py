@@ -16,6 +16,7 @@ import pytest
 
 from moe_jax import paths
 from moe_jax.errors import CheckpointError, ConfigError
+from moe_jax.hf import load, shards
 from moe_jax.hf.load import load_hf
 from moe_jax.hf.save import save_hf
 from moe_jax.hf.shards import find_tensors, write_shards
@@ -50,17 +51,23 @@ def rewritten(folder, where, change):
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "expert=8", "fsdp=2,expert=4", "expert=4,tensor=2", "data=2,fsdp=2,tensor=2"])
-def test_on_a_mesh_every_device_gets_its_part(saved, mesh):
+def test_on_a_mesh_every_device_gets_its_part(saved, mesh, monkeypatch):
+    """Read in pieces of a few rows, as large tensors are."""
+    monkeypatch.setattr(load, "_PIECE", 150)
     folder, params = saved
     model, found = load_hf(folder, MeshSpec.parse(mesh).build())
     assert same(found, params)
     assert jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), found, model.shardings))
 
 
+@pytest.mark.parametrize("piece", [1, 150, 1 << 30])
+def test_on_one_device_in_pieces_of_any_size(saved, piece, monkeypatch):
+    monkeypatch.setattr(load, "_PIECE", piece)
+    assert same(load_hf(saved[0])[1], saved[1])
+
+
 def test_only_what_the_devices_hold_is_read(saved, monkeypatch):
     """Of an expert that another process has, nothing; of a matrix cut by rows of the file, those rows."""
-    from moe_jax.hf import load, shards
-
     folder, _ = saved
     mesh = MeshSpec.parse("expert=8").build()
     read = []

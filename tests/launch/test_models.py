@@ -111,6 +111,7 @@ def test_sensitivity_and_record_take_a_hugging_face_folder(tmp_path):
             marks=pytest.mark.slow,
         ),
         (["generate", "--model=qwen3_tiny", "--prompt=x"], 2, "has no tokenizer of its own"),
+        (["generate", "--model=qwen3_tiny", "--prompt=x", "--noise=experts=relative:0.1:phases=train"], 2, "does not act while sampling"),
         pytest.param(["generate", "--model=qwen3_tiny"], 2, "give --prompt=TEXT", marks=pytest.mark.slow),
         pytest.param(
             ["generate", "--model=qwen3_tiny", "--prompts=/nowhere"], 3, "--prompts=/nowhere cannot be read", marks=pytest.mark.slow
