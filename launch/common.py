@@ -80,6 +80,10 @@ class MeshFlag:
         text = "How devices are divided, e.g. data=2,expert=4 (data, fsdp, expert, tensor). Default: one device; data over all of several processes."
         self._text = flags.DEFINE_string("mesh", "", text)
 
+    @property
+    def given(self) -> bool:
+        return bool(self._text.value)
+
     def build(self) -> Any:
         """The Mesh, or None for one device. Raises ConfigError when it does not have the number of devices that there are."""
         import jax

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from moe_jax.errors import DataError
 from moe_jax.model import Model
 from moe_jax.optim.plan import plan
+from moe_jax.plan.costs import describe as describe_costs
 from moe_jax.studies.run import Experiment
 from moe_jax.train.data import describe
 from moe_jax.train.loop import RunConfig
@@ -17,28 +19,51 @@ def preview(experiment: Experiment) -> str:
     """The study in words and numbers; every structure that differs from the first run's is listed too."""
     configs = experiment.configs()
     first = configs[0]
-    structures = {config.structure() for config in configs}
     model = Model(first.model)
-    optimizer = plan(model.specs, first.optimizer)
+    trains = experiment.measure is None
     lines = [
         f"study       {experiment.name}: {experiment.design.question}",
         f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
-        f"programs    {len(structures)} structure(s), each compiled once for training and once for evaluation",
+        *(_programs(configs) if trains else ["programs    nothing is trained: forward passes alone"]),
         f"rule        {experiment.design.rule}",
         "",
-        f"model       {model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token",
-        *_steps(first),
-        *_learning_rates(first, optimizer),
-        "",
-        "optimizer (the first run's)",
-        optimizer.table(),
+        f"model       {model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token; begins with "
+        f"{first.start or 'fresh parameters'}",
+        *(_training(first, model) if trains else [f"noise       {first.noise or 'none'} (the first run's)"]),
         "",
         "text",
         *_text(first),
         "",
-        *_cost(experiment, configs, model),
+        *_cost(experiment, configs if trains else [], model),
+        *(_plan(first) if trains else []),
+        *_launch(experiment),
     ]
     return "\n".join(lines)
+
+
+def _programs(configs: list[RunConfig]) -> list[str]:
+    structures = {config.structure() for config in configs}
+    return [f"programs    {len(structures)} structure(s), each compiled once for training and once for evaluation"]
+
+
+def _training(config: RunConfig, model: Model) -> list[str]:
+    optimizer = plan(model.specs, config.optimizer)
+    return [*_steps(config), *_learning_rates(config, optimizer), "", "optimizer (the first run's)", optimizer.table()]
+
+
+def _plan(config: RunConfig) -> list[str]:
+    """Memory and time of the step on usual slices, by the plan's models."""
+    return [
+        "",
+        "a run on accelerators, by memory model and roofline, the network between devices not looked at (launch.plan does, and compiles the step)",
+        describe_costs(config),
+    ]
+
+
+def _launch(experiment: Experiment) -> list[str]:
+    """The command for each machine that the study says it was made for."""
+    lines = [f"  {machine}\n    {command}" for machine, command in experiment.launch.items()]
+    return ["", "launch", *lines] if lines else []
 
 
 def _steps(config: RunConfig) -> list[str]:
@@ -63,7 +88,10 @@ def _learning_rates(config: RunConfig, optimizer) -> list[str]:
 
 
 def _text(config: RunConfig) -> list[str]:
-    found: dict[str, Any] = describe(config.data, config.data_seed, config.updates)
+    try:
+        found: dict[str, Any] = describe(config.data, config.data_seed, config.updates)
+    except DataError as error:  # such as a tokenizer that comes with weights which are not here yet
+        return [f"  {config.data.source}, windows of {config.data.seq_len} tokens; not counted: {error}"]
     shown = {
         name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
         for name, value in found.items()
@@ -81,8 +109,11 @@ def training_flops(config: RunConfig, model: Model) -> float:
 
 
 def _cost(experiment: Experiment, configs: list[RunConfig], model: Model) -> list[str]:
+    lines = [f"cost        {experiment.cost}"]
+    if not configs:
+        return lines
     total = sum(training_flops(config, model) for config in configs)
-    lines = [f"cost        {experiment.cost}", f"            {total:.2e} FLOPs of training in all runs; at a sustained"]
+    lines += [f"            {total:.2e} FLOPs of training in all runs; at a sustained"]
     for name, rate in RATES.items():
         seconds = total / rate
         words = (

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from launch.sensitivity_logits import Logits
 from launch.sensitivity_report import build
 from launch.sensitivity_tables import About
@@ -94,8 +96,8 @@ def describe(config: Config, saved: Saved) -> str:
     return "\n".join([*lines, f"{total:,} forward passes of {config.batch} x {config.data.seq_len} tokens, in 2 compiled programs"])
 
 
-def measure(config: Config, saved: Saved, folder: Path) -> tuple[Path, Table]:
-    """Runs all arms and writes the report into the folder; returns its page and the table of damages."""
+def measure(config: Config, saved: Saved, folder: Path, mesh: Mesh | None = None) -> tuple[Path, Table]:
+    """Runs all arms, over the devices of `mesh`, and writes the report into the folder; returns its page and the table of damages."""
     shape, acting = saved.config, acting_noise(config, saved)
     data = text.build(config.data.replace(eval_windows=config.windows), config.data_seed)
     ids, windows = data.corpus.tokenizer.vocab_size, min(config.windows, len(data.validation_starts))
@@ -112,9 +114,9 @@ def measure(config: Config, saved: Saved, folder: Path) -> tuple[Path, Table]:
 
     batches = data.validation_batches(config.batch)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    found = sensitivity(
-        Model(shape), saved.params, batches, config.spec(), seeds, config.phase, routes, logits, _Progress(-(-windows // config.batch))
-    )
+    model = Model(shape, mesh)
+    params = saved.params if mesh is None else saved.load(model, None)
+    found = sensitivity(model, params, batches, config.spec(), seeds, config.phase, routes, logits, _Progress(-(-windows // config.batch)))
     about = About(
         saved.what,
         f"{config.data.source} (validation windows of {config.data.seq_len} tokens, tokenizer {config.data.tokenizer})",

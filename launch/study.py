@@ -3,8 +3,11 @@
   python -m launch.study --experiment=noise_factorial:quick --workdir=runs/quick
   python -m launch.study --experiment=noise_factorial:seed --dry_run
   python -m launch.study --experiment=noise_factorial:seed --lanes=8 --workdir=runs/seed
+  python -m launch.study --experiment=qwen3_30b:mini --workdir=runs/qwen3_mini
+  python -m launch.study --experiment=qwen3_30b.sensitivity:full --mesh=fsdp=8 --workdir=runs/sensitivity
 
-Prints the results, the paired contrasts and the report's path. --dry_run prints what would run, its size, schedule and cost, and writes
+Prints the results, the paired contrasts and the report's path. A module of several studies runs them one after the other, each into a folder of its own name in
+the workdir, where they share a checkpoint; NAME.STUDY:PRESET is one of them. --dry_run prints what would run, its size, schedule and cost, and writes
 nothing. Exit codes: 0 done, 1 a run failed, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and resumable.
 """
 
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, run
+from launch.common import StopRequests, define_hosts, define_mesh, run
 from moe_jax.errors import ConfigError
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "Which study: NAME:PRESET, e.g. noise_factorial:quick.", required=True)
@@ -27,48 +30,76 @@ _LANES = flags.DEFINE_integer(
     "A study that was stopped goes on with any number.",
     lower_bound=1,
 )
+_MESH, _HOSTS = define_mesh(), define_hosts()
 
 
 def main(argv: list[str]) -> int:
-    """Runs the study, builds the report, prints both."""
-    from experiments.catalogue import load
+    """Runs the studies, builds their reports, prints both."""
+    from experiments.catalogue import load_all
 
-    experiment = load(_EXPERIMENT.value)
     if _DRY_RUN.value:
         from launch.preview import preview
 
-        print(preview(experiment))
+        print("\n\n".join(preview(experiment) for experiment in load_all(_EXPERIMENT.value).values()))
         return 0
+    if _MESH.given and _LANES.value > 1:
+        raise ConfigError(
+            f"--mesh divides each run over devices and --lanes={_LANES.value} gives each run a device of its own: leave one out"
+        )
+    _HOSTS.start()
+    experiments = load_all(_EXPERIMENT.value)
     if not _WORKDIR.value:
         raise ConfigError("--workdir is needed: the folder that the study's ledger and report go into")
-    return _run(experiment, Path(_WORKDIR.value))
+    folder, mesh = Path(_WORKDIR.value), _MESH.build()
+    return max([_run(experiment, folder / name, folder, mesh) for name, experiment in experiments.items()])
 
 
-def _run(experiment, workdir: Path) -> int:
+def _run(experiment, workdir: Path, shared: Path, mesh) -> int:
+    from moe_jax.distributed import first, on_first
     from moe_jax.studies import Ledger, report
     from moe_jax.studies.run import describe_devices, run_study, todo
     from moe_jax.train.run_folder import RunFolder
+
+    def say(text: str, file=None) -> None:
+        if first():
+            print(text, file=file or sys.stdout)
 
     with RunFolder(workdir) as folder, StopRequests() as stop:
         ledger = Ledger.open(workdir, experiment.design)
         waiting = todo(ledger, _RETRY.value)
         if waiting:
             for change in folder.start({"experiment": experiment.name, "design": experiment.design}, sys.argv, describe_devices()):
-                print(f"since the last launch: {change}", file=sys.stderr)
-            print(
+                say(f"since the last launch: {change}", sys.stderr)
+            say(
                 f"{experiment.name}: {len(waiting)} of {len(experiment.design.runs())} runs to do on {describe_devices()}; {experiment.cost}"
             )
-            outcome = run_study(experiment, workdir, stop=lambda: bool(stop()), retry_failed=_RETRY.value, lanes=_LANES.value)
+            outcome = run_study(
+                experiment,
+                workdir,
+                stop=lambda: bool(stop()),
+                retry_failed=_RETRY.value,
+                lanes=_LANES.value,
+                mesh=mesh,
+                shared=shared,
+            )
             words = {"train": "training", "evaluate": "evaluation", "init": "initialisation"}
             programs = ", ".join(f"{outcome.compiled[name]} for {word}" for name, word in words.items())
-            print(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}\n")
+            say(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}\n")
         else:
-            print(f"{experiment.name}: nothing to do, all {len(experiment.design.runs())} runs are in the ledger")
-        paths = report.build(workdir)
-        ledger = Ledger.read(workdir)
+            say(f"{experiment.name}: nothing to do, all {len(experiment.design.runs())} runs are in the ledger")
+        on_first(lambda: _report(experiment, workdir, report))
+        return 1 if Ledger.read(workdir).missing() else 0
+
+
+def _report(experiment, workdir: Path, report) -> None:
+    """Writes the report and the study's own pages; prints the tables and the paths."""
+    from moe_jax.studies import Ledger
+
+    paths = report.build(workdir)
+    pages = experiment.pages(workdir) if experiment.pages else ()
+    ledger = Ledger.read(workdir)
     print(report.console_table(ledger.design, ledger.runs()))
-    print(f"\nreport: {paths.html}")
-    return 1 if ledger.missing() else 0
+    print("\n".join(["", f"report: {paths.html}", *(f"        {page}" for page in pages if page.suffix == ".html"), ""]))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Generated:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("cache", "token", "position", "done"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
     """Between two steps."""
 
     cache: Cache
@@ -115,7 +115,7 @@ class Sampler:
             np.uint32(sampling.seed),
         )
         common = (resolved, draw, how)
-        state, found = self._prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), cache, *common)
+        state, found = self.prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), cache, *common)
         steps, pending = [found], None
         for step in range(1, count):
             pending, before = found, pending
@@ -123,12 +123,12 @@ class Sampler:
             progress(step, unfinished)
             if not unfinished:
                 break
-            state, found = self._step(params, state, *common)
+            state, found = self.step(params, state, *common)
             steps.append(found)
         return self._gathered(tokens, lengths, count, steps)
 
     @functools.cached_property
-    def _prefill(self):
+    def prefill(self):
         def prefill(params, tokens, lengths, cache, noise, draw, how):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             out, cache = self.model.decode(params, tokens, positions, cache, lengths - 1, noise, draw, self._capture)
@@ -137,8 +137,8 @@ class Sampler:
         return jax.jit(prefill, donate_argnums=3)
 
     @functools.cached_property
-    def _step(self):
-        def step(params, state: _State, noise, draw, how):
+    def step(self):
+        def step(params, state: State, noise, draw, how):
             out, cache = self.model.decode(
                 params, state.token[:, None], state.position[:, None], state.cache, noise=noise, draw=draw, capture=self._capture
             )
@@ -165,7 +165,7 @@ class Sampler:
         token = jnp.where(counts, token, 0)
         ended = done | (token[:, None] == stop).any(-1)
         routes = None if out.trace is None else (out.trace.ids, out.trace.weights)
-        return _State(cache, token, position, ended), (token, log_prob, ended, counts, routes)
+        return State(cache, token, position, ended), (token, log_prob, ended, counts, routes)
 
     def _gathered(self, tokens, lengths, count: int, steps) -> Generated:
         rows, width = tokens.shape

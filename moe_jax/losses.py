@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.dots import dot
 from moe_jax.errors import Unsupported
 from moe_jax.manual import total, vary_like
+from moe_jax.platforms import platform
 from moe_jax.products import matmul, partial_sums, product, sum_count, weight_gradient
 
 NORMALISATIONS = ("assignments", "topk")
@@ -100,7 +101,7 @@ def _by_tokens(hidden, head, targets, weights, operator, rows, size):
 def _block_size(head, operator) -> int:
     """Words at a time: few on a CPU, whose cache holds their logits; all where a row's noise depends on the whole row."""
     parts = operator is None or operator.elementwise
-    return BLOCK if parts and jax.default_backend() == "cpu" else head.shape[0]
+    return BLOCK if parts and platform() == "cpu" else head.shape[0]
 
 
 def _sweep(h, blocks, words: int, t, operator, row, kept=None) -> tuple[tuple[Any, Any, Any], Any]:

@@ -88,7 +88,10 @@ class MeshSpec:
         # Auto, not jax's default Explicit: the code under jit lets the compiler place what no rule names.
         kinds = (AxisType.Auto,) * len(AXES)
         if self.slices == 1:
-            return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+            try:
+                return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+            except NotImplementedError as error:  # a slice's network is a torus, of which an axis must take whole dimensions
+                raise ConfigError(f"mesh {self} does not fit the network between the devices: {error}") from error
         outer = tuple(self.slices if name == "data" else 1 for name in AXES)
         inner = tuple(size // parts for size, parts in zip(sizes, outer, strict=True))
         by_process = getattr(devices[0], "slice_index", None) is None  # only TPUs say which slice they are in; elsewhere a host is one

@@ -133,7 +133,7 @@ def test_one_program_serves_every_temperature_seed_and_scale():
         sampling = Sampling(max_tokens=6, temperature=temperature, seed=seed, top_p=0.9)
         texts.add(sampler(params, PROMPTS, sampling, noise, Draw(seed=seed, phase="rollout")).tokens.tobytes())
     assert len(texts) == 4
-    assert sampler._step._cache_size() == sampler._prefill._cache_size() == 1
+    assert sampler.step._cache_size() == sampler.prefill._cache_size() == 1
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=4", pytest.param("fsdp=4,tensor=2", marks=pytest.mark.slow)])

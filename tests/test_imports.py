@@ -73,8 +73,9 @@ def test_sizes():
     """The library stays small enough to read: lines that say something (the formatter sets the blank ones), and no file over 400 in all.
 
     The plan said about 8,000 for everything. Single-device training, noise, replay and studies take 7,900; meshes and several processes 1,350; models from
-    elsewhere (six families, GGUF, chat templates, upcycling, generation) 1,350.
+    elsewhere (six families, GGUF, chat templates, upcycling, generation) 1,350;
+    plans (topologies, memory, roofline, mesh search, the collectives of a compiled text, its report) 1,050; studies that measure, on a mesh 100.
     """
     texts = {path: path.read_text().splitlines() for path in PACKAGE.rglob("*.py")}
-    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 10_700
+    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 11_900
     assert {str(path): len(lines) for path, lines in texts.items() if len(lines) > 400} == {}

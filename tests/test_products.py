@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.products import matmul, partial_sums, product, sum_count, weight_gradient
+from moe_jax.products import matmul, outer_by_group, partial_sums, product, sum_count, weight_gradient
 
 RANDOM = np.random.default_rng(0)
 SIZES = np.array([2, 0, 3, 1])  # rows of each group; the second has none
@@ -122,3 +122,15 @@ def test_without_an_operator_everything_is_exact():
     np.testing.assert_array_equal(product(None, "forward", None, a, b, jnp.dot), a @ b)
     sums = partial_sums(None, a, b, jnp.dot)
     assert len(sums) == sum_count(None) == 1 and weight_gradient(None, sums, b) is sums[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 3, 1), (0, 0, 0, 0), (9, 0, 0, 2), (0, 4, 0, 7), (1, 1, 1, 1)])
+@pytest.mark.parametrize("tile", [1, 3, 4, 11, 64])
+def test_outer_by_group_sums_each_groups_rows_and_no_others(sizes, tile):
+    """Rows of no group hold no numbers, and tiles that reach over the end count nothing twice."""
+    total = sum(sizes)
+    a, b = (np.full((11, width), np.nan, np.float32) for width in (5, 7))
+    a[:total], b[:total] = RANDOM.integers(-8, 9, (total, 5)), RANDOM.integers(-8, 9, (total, 7))
+    found = jax.jit(outer_by_group, static_argnames="tile")(jnp.asarray(a), jnp.asarray(b), jnp.array(sizes), tile=tile)
+    ends = np.cumsum(sizes)
+    np.testing.assert_array_equal(found, [a[end - size : end].T @ b[end - size : end] for end, size in zip(ends, sizes, strict=True)])

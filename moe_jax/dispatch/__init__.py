@@ -11,10 +11,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.dispatch.all_gather import one_by_one
 from moe_jax.dispatch.base import DispatchStats
 from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.dense import dispatch_dense
@@ -23,6 +23,7 @@ from moe_jax.dispatch.sharded import EXCHANGES, dispatch_sharded
 from moe_jax.errors import nearest
 from moe_jax.experts import Experts
 from moe_jax.mesh import Layout
+from moe_jax.platforms import platform
 from moe_jax.routing import RoutingDecision
 
 LOCAL = ("dense", "blocked", "ragged")
@@ -40,6 +41,7 @@ def dispatch(
     force: bool = False,
     layout: Layout | None = None,
     factor: float = 2.0,
+    chunks: int = 1,
 ) -> tuple[Float[Array, "T D"], DispatchStats]:
     """y[t] = sum_k weights[t,k] * mlp_{ids[t,k]}(x[t]), in the type of x, and the DispatchStats.
 
@@ -47,7 +49,8 @@ def dispatch(
     CPU, ragged on a GPU or TPU; on a mesh that divides the experts, all_gather or all_to_all, whichever moves fewer rows. tokens: global token numbers,
     from which the rows' logical numbers come; default 0..T-1. force: run an implementation on a platform where it is refused for its slowness.
     layout: how x (over its tokens) and the experts lie on a mesh; None: on one device, where an exchange has nobody to exchange with. factor: of the
-    buffers of all_to_all, in mean loads; what does not fit makes the layer take all_gather, and is counted.
+    buffers of all_to_all, in mean loads; what does not fit makes the layer take all_gather, and is counted. chunks: parts of a device's tokens that go
+    through the experts one after the other, each computed again in the backward pass: less memory, the same numbers but for the order of sums.
     Products are in the type of x with float32 sums; gradients of weights come back in the weights' type. `experts.context` gets no gradient.
     Raises ValueError for an unknown name or shapes that do not fit, NotImplementedError for what an implementation cannot do here.
     """
@@ -60,16 +63,16 @@ def dispatch(
         raise ValueError(f"the buffers' factor must be above 0, got {factor}")
     stays = callable(implementation) or implementation in LOCAL
     local: Any = functools.partial(_local, implementation if stays else _platform_choice(), force)
+    tokens = jnp.arange(len(x), dtype=jnp.int32) if tokens is None and (chunks > 1 or layout is not None) else tokens
     if layout is None or not layout.all_axes:
-        y, stats = local(x, decision, experts, tokens)
+        y, stats = one_by_one(local, chunks, x, decision, experts, tokens) if chunks > 1 else local(x, decision, experts, tokens)
         return y.astype(x.dtype), stats
-    tokens = jnp.arange(len(x), dtype=jnp.int32) if tokens is None else tokens
     if len(x) % layout.size(*layout.tokens):
         raise ValueError(
             f"{len(x)} tokens do not divide over the mesh axes {', '.join(layout.tokens)}: {layout.size(*layout.tokens)} devices"
         )
     exchange: Any = "" if stays else implementation
-    return dispatch_sharded(x, decision, experts, tokens, layout, exchange, local, factor, force)
+    return dispatch_sharded(x, decision, experts, tokens, layout, exchange, local, factor, force, chunks)
 
 
 def _local(name: Any, force: bool, x, decision, experts, tokens, partial: bool = False):
@@ -83,7 +86,7 @@ def _local(name: Any, force: bool, x, decision, experts, tokens, partial: bool =
 
 
 def _platform_choice() -> str:
-    return "blocked" if jax.default_backend() == "cpu" else "ragged"
+    return "blocked" if platform() == "cpu" else "ragged"
 
 
 def _check_shapes(x, decision: RoutingDecision, experts: Experts, tokens):

@@ -35,7 +35,7 @@ def exchange_all_gather(x, decision: RoutingDecision, experts: Experts, tokens, 
     here = (mine >= 0) & (mine < experts.count)
     owned = RoutingDecision(jnp.where(here, mine, experts.count), jnp.where(here, gather(decision.weights), 0.0))
     gathered = gather(x)
-    compute = functools.partial(_one_by_one, local, len(gathered) // len(x)) if lean else local
+    compute = functools.partial(one_by_one, local, len(gathered) // len(x)) if lean else local
     y, stats = compute(gathered, owned, experts, numbered[:, -1])
     others = tuple(axis for axis in group.axes if axis not in split)
     y = lax.psum(y, others) if others else y
@@ -44,8 +44,13 @@ def exchange_all_gather(x, decision: RoutingDecision, experts: Experts, tokens, 
     return y, DispatchStats(stats.load, padded=stats.padded, sent=jnp.int32(len(gathered) - len(x)), received=here.sum() - own)
 
 
-def _one_by_one(local: Callable, parts: int, x, decision: RoutingDecision, experts: Experts, tokens):
-    """As `local`, the rows in equal parts one after another. Errors of weight gradients come once, on the sum; an operator that cannot is not split."""
+def one_by_one(local: Callable, parts: int, x, decision: RoutingDecision, experts: Experts, tokens):
+    """As `local`, the tokens in equal parts one after another, each computed again in the backward pass.
+
+    Errors of weight gradients come once, on the sum; an operator that cannot is not split. Raises ValueError where the tokens do not divide.
+    """
+    if len(x) % parts:
+        raise ValueError(f"{len(x)} tokens of a device do not divide into {parts} parts; change dispatch_chunks")
     operators = {name: operator.in_parts() for name, operator in experts.operators.items()}
     if None in operators.values():
         return local(x, decision, experts, tokens)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moe_jax.dispatch.base import DispatchStats, row_numbers, sort_by_expert
 from moe_jax.experts import Experts, expert_mlp
 from moe_jax.manual import vary_like
+from moe_jax.platforms import platform
 from moe_jax.products import matmul
 from moe_jax.routing import RoutingDecision
 
@@ -20,7 +21,7 @@ def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None,
 
     Raises NotImplementedError on a CPU without `force`.
     """
-    if jax.default_backend() == "cpu" and not force:
+    if platform() == "cpu" and not force:
         raise NotImplementedError(
             "implementation='ragged' on a CPU is up to 130 times slower than the matmuls it holds; use 'blocked', or pass force=True to run it anyway"
         )

@@ -18,6 +18,7 @@ from moe_jax.dispatch.base import DispatchStats, Group, sort_by_expert
 from moe_jax.dispatch.offsets import Offsets, capacity, device_counts, inverse, overflow, ragged_offsets
 from moe_jax.experts import Experts
 from moe_jax.manual import vary_like
+from moe_jax.platforms import platform
 from moe_jax.routing import RoutingDecision
 
 
@@ -38,7 +39,7 @@ def exchange_ragged_all_to_all(
     hold. force: trace it on a CPU all the same, to compile for another platform.
     Raises NotImplementedError on a CPU without `force`, ValueError as `exchange_all_to_all` does.
     """
-    if jax.default_backend() == "cpu" and not force:
+    if platform() == "cpu" and not force:
         raise NotImplementedError("XLA has no ragged all-to-all for CPUs; use all_to_all, or force=True to compile for another platform")
     check_divided(x, group)
     assignments, slots = decision.ids.size, decision.ids.shape[1]
@@ -55,8 +56,8 @@ def exchange_ragged_all_to_all(
         x_rows = send(spread(x, order // slots, place.reshape(-1, slots)), there, back)
         weights = send(spread(decision.weights.reshape(-1, 1), order, place[:, None]), there, back)
         out, stats = local(x_rows, RoutingDecision(ids[:, None], weights), experts, numbers)
-        sorted_out = _move(group.axes, (rows, assignments), out, back, there)
-        return collect(sorted_out, place.reshape(-1, slots), order // slots), traffic(stats, counts, ids, group)
+        sorted_out = _move(group.axes, (rows, assignments), out.astype(x.dtype), back, there)
+        return collect(sorted_out, place.reshape(-1, slots), order // slots).astype(out.dtype), traffic(stats, counts, ids, group)
 
     return or_fallback(overflow(everyones[:, me].sum(), rows), exchange, fallback, group, x, decision, experts, tokens)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.dispatch.all_gather import exchange_all_gather
+from moe_jax.dispatch.all_gather import exchange_all_gather, one_by_one
 from moe_jax.dispatch.all_to_all import exchange_all_to_all
 from moe_jax.dispatch.base import DispatchStats, Group
 from moe_jax.dispatch.ragged_all_to_all import exchange_ragged_all_to_all
@@ -33,10 +33,19 @@ def pick_exchange(group: Group, slots: int, factor: float) -> str:
 
 
 def dispatch_sharded(
-    x, decision: RoutingDecision, experts: Experts, tokens, layout: Layout, name: str | None, local: Callable, factor: float, force: bool
+    x,
+    decision: RoutingDecision,
+    experts: Experts,
+    tokens,
+    layout: Layout,
+    name: str | None,
+    local: Callable,
+    factor: float,
+    force: bool,
+    chunks: int = 1,
 ) -> tuple[Any, DispatchStats]:
     """See `dispatch`. local: (x, decision, experts, tokens, partial) -> (y float32, stats), on one device. name: of EXCHANGES; "" keeps tokens in place,
-    None chooses.
+    None chooses. chunks: parts of a device's tokens that are exchanged and computed one after the other, in the memory of one.
     """
     axes = tuple(axis for axis in layout.rules.axes_of("experts") if layout.size(axis) > 1)
     group = Group(axes, layout.size(*axes), layout.all_axes)
@@ -45,10 +54,12 @@ def dispatch_sharded(
     stays = not name or not axes
     exchange = _staying(local) if stays else _exchange(name, group, local, factor, force, divided=set(axes) <= set(layout.tokens))
 
+    in_parts = functools.partial(one_by_one, exchange, chunks) if chunks > 1 else exchange
+
     def body(x, decision, experts, tokens):
         if not stays:
             experts = dataclasses.replace(experts, first=lax.axis_index(axes) * experts.count)
-        y, stats = exchange(x, decision, experts, tokens)
+        y, stats = in_parts(x, decision, experts, tokens)
         return y.astype(x.dtype), _summed(stats, x, experts, layout.all_axes)
 
     rows, weights = P(layout.tokens or None), P() if stays else layout.spec("experts", shape=(experts.count,))

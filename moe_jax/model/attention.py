@@ -16,12 +16,13 @@ from moe_jax.model import blockwise
 from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layers import RMSNorm, Scope, bias, linear, rotate, weight
+from moe_jax.platforms import platform
 
 
 def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Array, "B S G N"], window: int | None, scope: Scope):
     """softmax(q k / sqrt(N)) v over the keys k <= q, k > q - window, softmax in float32, with dropout on the weights; returns [B, S, H, N].
 
-    Without dropout an accelerator has a fused kernel; otherwise the blocks of `blockwise`. On a mesh each device has its sequences and heads.
+    Without dropout on a GPU jax's own; otherwise the blocks of `blockwise`, which keep no [S, S] array. On a mesh each device has its sequences and heads.
     """
     numbers = jnp.arange(q.shape[2])
     key = scope.stream("dropout_attention") if scope.dropout else scope.key
@@ -35,7 +36,7 @@ def attend(q: Float[Array, "B S H N"], k: Float[Array, "B S G N"], v: Float[Arra
 
 
 def _attend(window: int | None, dropout: float, q, k, v, rows: Int[Array, "B H S"], key):
-    if not dropout and jax.default_backend() != "cpu":
+    if not dropout and platform() == "gpu":
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     repeats = q.shape[2] // k.shape[2]

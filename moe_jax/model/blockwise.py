@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from moe_jax.dots import dot
 from moe_jax.noise import draws
+from moe_jax.platforms import platform
 
-BLOCK = 128  # queries at a time
+# queries at a time: few where a cache is to hold their scores, more where each block of them is a piece of a program that takes time to compile
+BLOCKS = {"cpu": 128, "gpu": 512, "tpu": 512}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -84,8 +86,9 @@ attention.defvjp(_forward, _backward)
 
 def _blocks(length: int, window: int | None):
     """(first key, first query, end of both) of each block."""
-    for begin in range(0, length, BLOCK):
-        yield 0 if window is None else max(0, begin - window + 1), begin, min(begin + BLOCK, length)
+    block = BLOCKS[platform()]
+    for begin in range(0, length, block):
+        yield 0 if window is None else max(0, begin - window + 1), begin, min(begin + block, length)
 
 
 def _scores(q, k, bounds, window):
@@ -105,7 +108,7 @@ def _drop(values, key, rows, bounds, dropout):
 
 def _over_heads(function, items):
     """A few heads at a time on a CPU, whose cache holds their blocks; all at once elsewhere."""
-    return jax.lax.map(function, items, batch_size=4) if jax.default_backend() == "cpu" else jax.vmap(function)(items)
+    return jax.lax.map(function, items, batch_size=4) if platform() == "cpu" else jax.vmap(function)(items)
 
 
 def _split(x):

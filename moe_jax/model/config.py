@@ -78,6 +78,7 @@ class ModelConfig:
     remat: str = "none"  # what a backward pass computes again: nothing, all but matmul results, or whole blocks; expert ids never
     dispatch: str | None = None  # an implementation by name; None: picked by platform and mesh
     exchange_factor: float = 2.0  # buffers of dispatch="all_to_all", in mean loads; what does not fit is counted and sent by all_gather
+    dispatch_chunks: int = 1  # parts of a device's tokens that go through a layer's experts one after the other, in the memory of one
     scan_layers: bool = True  # False: layers unrolled, for comparison
     loss_chunk: str = "tokens"  # cross-entropy in chunks of tokens (fast), of the vocabulary (small), or whole
     loss_chunk_size: int = 2048
@@ -106,7 +107,7 @@ class ModelConfig:
             raise ConfigError(f"selection_bias goes with router_score=sigmoid, got {self.router_score!r}")
 
     def _check_sizes(self):
-        for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size"):
+        for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size", "dispatch_chunks"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.head_dim is None and self.d_model % self.num_heads:
@@ -160,7 +161,7 @@ class ModelConfig:
 
     def what(self) -> dict[str, Any]:
         """The fields that decide what trained parameters compute, not how: without dispatch, recomputation, number types, chunks, and how they were trained."""
-        how = "dtypes remat dispatch exchange_factor scan_layers loss_chunk loss_chunk_size init_std dropout max_seq_len".split()
+        how = "dtypes remat dispatch dispatch_chunks exchange_factor scan_layers loss_chunk loss_chunk_size init_std dropout max_seq_len".split()
         return {name: value for name, value in config_tools.config_dict(self).items() if name not in how}
 
     def routing_hash(self) -> str:

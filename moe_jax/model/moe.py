@@ -69,7 +69,8 @@ class MoE(nnx.Module):
         weights = checkpoint_name(weights if replay is None else replay.weights(weights, recorded), ROUTING)
         decision = routing.RoutingDecision(ids, weights)
         with jax.named_scope("dispatch"):
-            y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens, layout=scope.layout, factor=c.exchange_factor)
+            how = {"layout": scope.layout, "factor": c.exchange_factor, "chunks": c.dispatch_chunks}
+            y, stats = dispatch(flat, decision, self._experts(scope), c.dispatch, tokens, **how)
 
         router = {
             "ids": ids.astype(routing.trace_dtype(c.num_experts)).reshape(*x.shape[:2], -1),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from moe_jax.errors import ConfigError, nearest
+from moe_jax.platforms import platform
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
 FORMS = ("auto", "standard", "gram")
@@ -56,11 +57,9 @@ def orthogonalise(
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
     x = lax.optimization_barrier(x.astype("float32" if gram else dtype))
     if batch is None:
-        y = lax.platform_dependent(x, cpu=partial(_mapped, solve), default=solve)
-    else:
-        _known("batch", batch, BATCHES)
-        y = _mapped(solve, x) if batch == "map" else solve(x)
-    return lax.optimization_barrier(y)
+        batch = "map" if platform() == "cpu" else "vmap"
+    _known("batch", batch, BATCHES)
+    return lax.optimization_barrier(_mapped(solve, x) if batch == "map" else solve(x))
 
 
 def _image(factors: Callable[[jax.Array], tuple[jax.Array, jax.Array]], tall: bool, x: jax.Array) -> jax.Array:
@@ -72,7 +71,7 @@ def _image(factors: Callable[[jax.Array], tuple[jax.Array, jax.Array]], tall: bo
 
 def _transposed(x: jax.Array) -> jax.Array:
     # A CPU multiplies rows several times faster than columns, and lays one matrix anew faster than a whole stack.
-    laid = x.ndim == 2 and jax.default_backend() == "cpu"
+    laid = x.ndim == 2 and platform() == "cpu"
     return with_layout_constraint(x.mT, Layout((0, 1))) if laid else x.mT
 
 
@@ -103,15 +102,21 @@ def _prescale(r: jax.Array, eps: float) -> jax.Array:
 def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
     """X <- P X, P = a I + b R + c R² with R = X Xᵀ, for X [..., m, n]; the first step also divides X by its norm. The last P and X."""
     a, b, c = coefficients
-    identity = p = jnp.eye(x.shape[-2], dtype=jnp.float32)
-    for step in range(steps):
-        x = (x if step == 0 else _product(p, x)).astype(dtype)
+    identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
+
+    def factor(x, scale_of=lambda r: 1.0):
         r = _product(x, x, transpose=True)
-        scale = _prescale(r, eps) if step == 0 else 1.0
+        scale = scale_of(r)
         r = r * scale**2
         rounded = r.astype(dtype)
-        p = ((a * identity + b * r + c * _product(rounded, rounded)) * scale).astype(dtype)
-    return p, x
+        return ((a * identity + b * r + c * _product(rounded, rounded)) * scale).astype(dtype)
+
+    def step(both):
+        x = _product(*both).astype(dtype)
+        return factor(x), x
+
+    x = x.astype(dtype)
+    return _repeated(step, steps - 1, (factor(x, partial(_prescale, eps=eps)), x))
 
 
 def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> tuple[jax.Array, jax.Array]:
@@ -120,13 +125,28 @@ def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], ep
     r = _product(x, x, transpose=True)
     scale = _prescale(r, eps)
     r = r * scale**2
-    q = identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
-    for step in range(steps):
-        p = a * identity + b * r + c * _product(r, r)
-        q = p if step == 0 else _product(p, q)
-        if step + 1 < steps:
-            r = _product(_product(p, r), p)
-    return q * scale, x
+    identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
+
+    def factor(r):
+        return a * identity + b * r + c * _product(r, r)
+
+    def step(carry):
+        p, r, q = carry
+        r = _product(_product(p, r), p)
+        p = factor(r)
+        return p, r, _product(p, q)
+
+    p = factor(r)
+    return _repeated(step, steps - 1, (p, r, p))[2] * scale, x
+
+
+def _repeated(step: Callable, count: int, carry: Any) -> Any:
+    """step(step(... carry)): on a CPU written out, elsewhere a loop, whose body alone takes a compiler minutes for the matrices of a large model."""
+    if platform() != "cpu":
+        return lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
+    for _ in range(count):
+        carry = step(carry)
+    return carry
 
 
 class MuonState(NamedTuple):

@@ -7,18 +7,21 @@ Above the rest of moe_jax.studies: this file imports jax.
 
 import dataclasses
 import functools
+import math
 import re
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from moe_jax.errors import ConfigError, NonFinite, Stopped
+from moe_jax.distributed import on_all, on_first
+from moe_jax.errors import ConfigError, NonFinite, Stopped, Unsupported
 from moe_jax.studies.design import Design
 from moe_jax.studies.ledger import Ledger, Run
 from moe_jax.train.data import Data, build, load_corpus
@@ -41,6 +44,10 @@ class Experiment:
     prepare: Callable[["Workshop", RunConfig], RunConfig] | None = (
         None  # called before a run: makes what runs share, once, and says where it is
     )
+    # of a study that trains nothing: the metrics, and perhaps arrays, of a cell and seed. Nothing else of such a run's config happens
+    measure: Callable[["Workshop", RunConfig, Mapping[str, Any], int], tuple[Mapping[str, float], Mapping[str, Any]]] | None = None
+    pages: Callable[[Path], Sequence[Path]] | None = None  # writes what goes beside the report, from the ledger; says which files
+    launch: Mapping[str, str] = dataclasses.field(default_factory=dict)  # machine, in words -> the command that runs the study there
 
     def configs(self) -> list[RunConfig]:
         return [self.config(cell, seed) for cell, seed in self.design.runs()]
@@ -69,6 +76,8 @@ def run_study(
     retry_failed: bool = False,
     keep_checkpoints: bool = False,
     lanes: int = 1,
+    mesh: Mesh | None = None,
+    shared: Path | None = None,
 ) -> Outcome:
     """Runs what is missing and appends each run to WORKDIR/ledger.jsonl as it ends.
 
@@ -77,37 +86,42 @@ def run_study(
 
     lanes: how many runs of equal structure go at a time, on as many devices as there are; what they share is prepared one after the other before. An
     error is raised when the runs beside it have ended. Raises ConfigError below 1, Unsupported for several processes.
+    mesh: the devices that every run is divided over. shared: the folder of what `prepare` makes, where several studies share it; None: the workdir.
     """
     if lanes < 1:
         raise ConfigError(f"lanes must be at least 1, got {lanes}")
+    if experiment.measure is not None:
+        lanes = 1
+        if jax.process_count() > 1:
+            raise Unsupported(f"{experiment.name} measures in one process, and there are {jax.process_count()}; start it on one host")
     began = time.monotonic()
-    ledger = Ledger.open(workdir, experiment.design)
+    ledger = on_all(lambda: Ledger.open(workdir, experiment.design))
     waiting = todo(ledger, retry_failed)
-    shared = Workshop(workdir.absolute(), stop, lanes)
+    shop = Workshop((shared or workdir).absolute(), stop, lanes, mesh, workdir.absolute())
     jobs = [_Job(cell, seed, experiment.config(cell, seed)) for cell, seed in waiting]
     failed, lock = 0, threading.Lock()
 
     def work(job: _Job, part: "_Part", program: Program) -> None:
         nonlocal failed
         folder = workdir / "cells" / cell_name(job.cell, job.seed)
-        row, error = _one(experiment, *job, folder, shared, program, part, stop)
+        row, error = _one(experiment, *job, folder, shop, program, part, stop)
         with lock:
-            ledger.append(row)
+            on_first(lambda: ledger.append(row))
             failed += row.status == "failed"
         if error is not None:
             raise error
         part.update(job.config.updates)
         if row.status == "finished" and not keep_checkpoints:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            on_first(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
 
     with Progress(sum(job.config.updates for job in jobs), label=experiment.name) as progress:
         steps: Counter[str] = Counter()
         for group in _groups(jobs, lanes):
-            prepared = [job._replace(config=experiment.prepare(shared, job.config)) if experiment.prepare else job for job in group]
+            prepared = [job._replace(config=experiment.prepare(shop, job.config)) if experiment.prepare else job for job in group]
             for alike in _groups(prepared, lanes):
                 parts = [_Part(progress, steps, lock, cell_name(job.cell, job.seed)) for job in alike]
-                shared.together(alike[0].config, [functools.partial(work, *both) for both in zip(alike, parts, strict=True)])
-    return Outcome(len(waiting) - failed, failed, shared.compiled(), time.monotonic() - began)
+                shop.together(alike[0].config, [functools.partial(work, *both) for both in zip(alike, parts, strict=True)])
+    return Outcome(len(waiting) - failed, failed, shop.compiled(), time.monotonic() - began)
 
 
 class _Job(NamedTuple):
@@ -130,6 +144,8 @@ def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, pr
     data = shared.data(config)
     where = provenance(config, data)
     try:
+        if experiment.measure is not None:
+            return _measured(experiment, cell, seed, config, shared, where, stop), None
         result = run(config, program, data, folder, progress, stop)
     except Stopped:
         raise
@@ -145,6 +161,18 @@ def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, pr
     return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where), None
 
 
+def _measured(experiment: Experiment, cell, seed, config, shop: "Workshop", where, stop) -> Run:
+    """The row of a run that trains nothing."""
+    if stop():
+        raise Stopped("stopped between two runs; the same command goes on from there")
+    began = time.monotonic()
+    metrics, arrays = experiment.measure(shop, config, cell, seed)  # type: ignore[misc]
+    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise NonFinite(f"what was measured is not finite: {', '.join(wrong)}; lower the noise, or look at the checkpoint")
+    return Run(cell, seed, "finished", dict(metrics), {}, arrays, time.monotonic() - began, where)
+
+
 def cell_name(cell: Mapping[str, Any], seed: int) -> str:
     """A folder name for a run: noise_std-0.1_balance_weight-0.01_seed-42."""
     parts = [f"{name}-{level}" for name, level in cell.items()]
@@ -152,11 +180,17 @@ def cell_name(cell: Mapping[str, Any], seed: int) -> str:
 
 
 class Workshop:
-    """What the runs of a study have in common: its folder, when to stop, the text, and one program for each structure."""
+    """What the runs of a study have in common: folders, when to stop, the devices, the text, and one program for each structure.
 
-    def __init__(self, folder: Path, stop: Callable[[], bool] = lambda: False, lanes: int = 1):
-        self.folder, self.stop, self._count = folder, stop, lanes
+    folder: for what is made once; study: the study's own, if that is another one.
+    """
+
+    def __init__(
+        self, folder: Path, stop: Callable[[], bool] = lambda: False, lanes: int = 1, mesh: Mesh | None = None, study: Path | None = None
+    ):
+        self.folder, self.study, self.stop, self.mesh, self._count = folder, study or folder, stop, mesh, lanes
         self._programs: dict[tuple, Program] = {}
+        self._made: dict[Hashable, Any] = {}
         self._lanes: dict[tuple, Lanes] = {}
         self._lock = threading.RLock()  # two lanes would both make what one makes for all
         corpus = functools.cache(load_corpus)
@@ -166,8 +200,15 @@ class Workshop:
     def program(self, config: RunConfig) -> Program:
         structure = config.structure()
         if structure not in self._programs:
-            self._programs[structure] = config.program()
+            self._programs[structure] = config.program(self.mesh)
         return self._programs[structure]
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave the first time that something of this name was asked for; kept until the study ends."""
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]
 
     def together(self, config: RunConfig, jobs: list[Callable[[Program], None]]) -> None:
         """Does jobs of the structure of `config`, all at a time; raises the first unforeseen error, or that the study was stopped, when all have ended."""

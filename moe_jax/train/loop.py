@@ -22,12 +22,11 @@ from moe_jax import paths
 from moe_jax.config_tools import differences, digest
 from moe_jax.distributed import on_all
 from moe_jax.errors import ConfigError, NonFinite, Stopped
-from moe_jax.routing import RoutingTrace
 from moe_jax.trace_store import TraceWriter
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import Data
 from moe_jax.train.program import Program, off
-from moe_jax.train.record import Routes, trace_info
+from moe_jax.train.record import Routes, own_rows, trace_info
 from moe_jax.train.run_config import RunConfig
 from moe_jax.train.run_folder import some
 from moe_jax.train.saved import load_model
@@ -196,25 +195,11 @@ def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], t
             "(lower the learning rate or the noise, or look at the batch)"
         )
     if recorder.routes is not None:
-        recorder.routes.write(done - 1, *_own_rows(trace, text.reshape(-1, text.shape[-1])))
+        recorder.routes.write(done - 1, *own_rows(trace, text.reshape(-1, text.shape[-1])))
     row = {name: _ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
     recorder.add(done, {f"train/{name}" if "/" not in name else name: value for name, value in row.items()})
     if progress is not None:
         progress.update(done, {name: row[name] for name in ("loss", "router/load_cv", "router/flips") if name in row}, tokens)
-
-
-def _own_rows(trace, text: np.ndarray) -> tuple[RoutingTrace, np.ndarray]:
-    """The routes and the text of the rows that this process writes."""
-    index, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return trace, text
-    if len(text) % count:
-        raise ConfigError(
-            f"an update's {len(text)} sequences do not divide among {count} processes, each of which records its part of the routes"
-        )
-    rows = slice(index * (len(text) // count), (index + 1) * (len(text) // count))
-    host = jax.device_get(trace)
-    return RoutingTrace(host.ids[:, rows], None if host.weights is None else host.weights[:, rows], host.layer_index), text[rows]
 
 
 def _ratio(pair) -> float:

@@ -49,7 +49,7 @@ class Program:
             return function(*args)
 
         jitted = jax.jit(traced, **options)
-        return jitted if self.model.mesh is None or jax.process_count() == 1 else _compiled_by_all(jitted)
+        return jitted if self.model.mesh is None or jax.process_count() == 1 else compiled_by_all(jitted)
 
     def _state_shardings(self, init: Callable) -> TrainState | None:
         """Where each leaf of the state lies: the optimizer's beside the parameter whose path and shape it has, anything else on every device."""
@@ -116,7 +116,7 @@ class Program:
         return total
 
 
-def _compiled_by_all(function: Any) -> Callable:
+def compiled_by_all(function: Any) -> Callable:
     """A jitted function that runs for the first time when every process has compiled it: gloo gives up on who comes to a collective 30 s late.
 
     Processes are that far apart when one of them reads from jax's compilation cache: on CPUs only process 0 has entries there.

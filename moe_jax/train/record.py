@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax.distributed import on_all
 from moe_jax.errors import ConfigError, TraceError
 from moe_jax.keys import Draw
 from moe_jax.model import Model, ModelConfig
@@ -23,6 +25,7 @@ from moe_jax.replay import Replay
 from moe_jax.routing import RoutingTrace
 from moe_jax.trace_store import TraceInfo, TraceReader, TraceWriter
 from moe_jax.train.data import Data
+from moe_jax.train.program import compiled_by_all
 
 
 def trace_info(model: ModelConfig, data: Data, rows: int, source: str, weights: bool, **extra: Any) -> TraceInfo:
@@ -47,7 +50,8 @@ def record(
     """Writes the routes that the model takes over the batches of `steps` updates, or over the first `steps` validation batches of `eval_batch` windows.
 
     A forward pass without dropout on the tokens that training (phase "train") or evaluation ("eval") reads, noise with the draws that they make.
-    A recording that was cut off is made again from its beginning; steps that are there with the same bits are left as they are.
+    A recording that was cut off is made again from its beginning; steps that are there with the same bits are left as they are. Of several
+    processes each writes its rows.
     Raises ConfigError (no router, unknown split), TraceError (another trace in the folder, or a disk that refuses).
     """
     if split not in ("train", "validation") or not model.config.moe_layers:
@@ -56,17 +60,35 @@ def record(
     rows = data.config.accumulation * data.config.batch_size if training else eval_batch or data.config.batch_size
     batches = map(data.batch, range(steps)) if training else itertools.islice(data.validation_batches(rows), steps)
     extra = {"split": split, "noise": repr(noise or ""), "noise_seed": noise_seed}
-    with TraceWriter(folder, trace_info(model.config, data, rows, source, weights, **extra)) as writer:
+    info, part = trace_info(model.config, data, rows, source, weights, **extra), (jax.process_index(), jax.process_count())
+    with on_all(lambda: TraceWriter(folder, info, part)) as writer:
         for step, batch in enumerate(batches):
             tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
             seed = jnp.uint32(noise_seed)
             draw = Draw(seed, step, "train") if training else Draw(seed, 0, "eval", step * rows)
-            writer.write(step, _pass(model)(params, tokens, noise, draw), tokens)
+            writer.write(step, *own_rows(recorder(model)(params, tokens, noise, draw), tokens))
 
 
 @functools.lru_cache(maxsize=4)
-def _pass(model: Model) -> Callable[..., Any]:
-    return jax.jit(lambda params, tokens, noise, draw: model.features(params, tokens, noise, draw, capture=("trace",)).trace)
+def recorder(model: Model) -> Callable[..., Any]:
+    """The compiled pass (params, tokens, noise, draw) -> RoutingTrace."""
+    everywhere = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())  # of several processes each writes rows of it
+    forward = jax.jit(
+        lambda params, tokens, noise, draw: model.features(params, tokens, noise, draw, capture=("trace",)).trace, out_shardings=everywhere
+    )
+    return forward if jax.process_count() == 1 else compiled_by_all(forward)
+
+
+def own_rows(trace: Any, text: np.ndarray) -> tuple[RoutingTrace, np.ndarray]:
+    """The routes and the text of the rows that this process writes."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return trace, text
+    if len(text) % count:
+        raise ConfigError(f"{len(text)} sequences do not divide among {count} processes, each of which records its part of the routes")
+    rows = slice(index * (len(text) // count), (index + 1) * (len(text) // count))
+    host = jax.device_get(trace)
+    return RoutingTrace(host.ids[:, rows], None if host.weights is None else host.weights[:, rows], host.layer_index), text[rows]
 
 
 class Routes:

@@ -226,7 +226,7 @@ def _jaxpr(implementation) -> str:
 
 def test_the_implementations_are_different_programs():
     dense, blocked, ragged = (_jaxpr(name) for name in ("dense", "blocked", "ragged"))
-    assert "while" in blocked and "while" not in dense and "while" not in ragged
+    assert "while" in blocked and "while" not in dense
     assert "ragged_dot" in ragged and "ragged_dot" not in dense + blocked
 
 

@@ -88,6 +88,9 @@ def test_killed_at_random_moments(unbroken, tmp_path, case):
         (["--experiment=noise_factorial:quick"], 2, "--workdir is needed"),
         (["--experiment=noise_factorial:quik", "--dry_run"], 2, "did you mean 'quick'"),
         (["--experimnt=noise_factorial:quick"], 2, "experiment"),
+        (["--experiment=qwen3_30b.sensitvity:mini", "--dry_run"], 2, "did you mean 'sensitivity'"),
+        (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=2", "--lanes=2"], 2, "leave one out"),
+        (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=2"], 2, "mesh data=2 needs 2 devices, there are 1"),
         (["--experiment=noise_factorial:smoke", "--workdir=/dev/null/x"], 2, "cannot use"),
     ],
 )

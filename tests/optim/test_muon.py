@@ -1,5 +1,6 @@
 """Muon against a float64 NumPy iteration, against optax, and one matrix at a time."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from moe_jax.errors import ConfigError
 from moe_jax.optim import muon
+from moe_jax.platforms import tracing_for
 
 orthogonalise = jax.jit(muon.orthogonalise, static_argnames=("form", "dtype", "batch"))
 
@@ -114,9 +116,30 @@ def test_auto_takes_the_gram_form_for_rectangular_float32_matrices_only(shape, d
 
 
 def test_accelerators_do_not_merge_the_stack_axes():
-    traced = jax.jit(lambda x: muon.orthogonalise(x)).trace(jax.ShapeDtypeStruct((2, 3, 8, 24), jnp.float32))
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "tensor<2x3x8x8xf32>" in text and "stablehlo.while" not in text and "tensor<6x" not in text
+    with tracing_for("tpu"):
+        traced = jax.jit(lambda x: muon.orthogonalise(x)).trace(jax.ShapeDtypeStruct((2, 3, 8, 24), jnp.float32))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tensor<2x3x8x8xf32>" in text and "tensor<6x" not in text
+
+
+@pytest.mark.parametrize(
+    "form, dtype, bound, shape",
+    [
+        *((form, "float32", 2e-6, shape) for form in ("standard", "gram") for shape in ((3, 8, 24), (24, 8))),
+        ("standard", "bfloat16", 0.02, (3, 8, 24)),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_loop_of_accelerators_gives_what_the_written_out_steps_give(form, dtype, bound, shape, steps):
+    def both(x):
+        return muon.orthogonalise(x, steps=steps, form=form, dtype=dtype)
+
+    x = normal(3, *shape)
+    written_out = jax.jit(both)(x)
+    with tracing_for("gpu"):
+        assert "scan" in str(jax.make_jaxpr(both)(x)) or steps == 1
+        looped = jax.jit(both)(x)
+    chex.assert_trees_all_close(looped, written_out, atol=bound, rtol=0)
 
 
 def stack_gradients(count=4):

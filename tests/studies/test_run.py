@@ -8,7 +8,7 @@ import pytest
 
 from experiments.catalogue import load
 from moe_jax.errors import ConfigError, Stopped, Unsupported
-from moe_jax.studies import Ledger, report
+from moe_jax.studies import Ledger, Metric, report
 from moe_jax.studies import run as runner
 from moe_jax.studies.run import Experiment, cell_name, run_study, todo
 from moe_jax.train import loop
@@ -225,3 +225,44 @@ def test_lanes_that_cannot_be_are_refused(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(Unsupported, match="2 lanes in a job of 2 processes"):
         run_study(smoke, tmp_path, lanes=2)
+
+
+def measuring(smoke, measure):
+    """The smoke study, of which nothing is trained."""
+    design = dataclasses.replace(smoke.design, metrics=(Metric("found"),), comparisons=())
+    return dataclasses.replace(smoke, design=design, measure=measure)
+
+
+def test_a_study_may_measure_instead_of_train(smoke, tmp_path):
+    """Rows with arrays, what is made once, two folders; nothing is compiled or trained, and done is done."""
+    made = []
+
+    def measure(shop, config, cell, seed):
+        start = shop.once("start", lambda: made.append(seed) or 10.0)
+        assert (shop.folder, shop.study) == (tmp_path / "shared", tmp_path / "own")
+        return {"found": start + cell["noise_std"], "beside": 1.0}, {"by_layer": [seed, 2.0]}
+
+    experiment = measuring(smoke, measure)
+    outcome = run_study(experiment, tmp_path / "own", shared=tmp_path / "shared", lanes=3)
+    assert (outcome.done, outcome.failed, outcome.compiled.total()) == (12, 0, 0) and made == [42]
+    for (cell, seed), (metrics, series, arrays) in rows(tmp_path / "own").items():
+        assert metrics["found"] == 10.0 + dict(cell)["noise_std"] and series == {} and arrays == {"by_layer": [seed, 2.0]}
+    assert run_study(experiment, tmp_path / "own").done == 0 and report.build(tmp_path / "own").markdown.exists()
+
+
+def test_a_measurement_that_is_not_finite_is_a_failed_row_and_a_stop_comes_between_two(smoke, tmp_path):
+    experiment = measuring(smoke, lambda shop, config, cell, seed: ({"found": math.nan if cell["noise_std"] else 1.0}, {}))
+    outcome = run_study(experiment, tmp_path)
+    assert (outcome.done, outcome.failed) == (4, 8)
+    assert Ledger.read(tmp_path).failed()[0].error.startswith("NonFinite: what was measured is not finite: found")
+    polls = iter(range(100))
+    again = measuring(smoke, lambda *_: ({"found": 1.0}, {}))
+    with pytest.raises(Stopped, match="between two runs"):
+        run_study(again, tmp_path / "stopped", stop=lambda: next(polls) >= 5)
+    assert len(rows(tmp_path / "stopped")) == 5 and run_study(again, tmp_path / "stopped").done == 7
+
+
+def test_measuring_is_refused_in_several_processes(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(Unsupported, match="measures in one process, and there are 2"):
+        run_study(measuring(smoke, lambda *_: ({}, {})), tmp_path)

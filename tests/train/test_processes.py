@@ -265,14 +265,14 @@ def test_processes_may_compile_for_much_longer_than_others(tmp_path):
     code = """
     import time
     from moe_jax.mesh import MeshSpec
-    from moe_jax.train.program import _compiled_by_all
+    from moe_jax.train.program import compiled_by_all
     spread = NamedSharding(MeshSpec(data=2).build(), PartitionSpec("data"))
     traced = []
     def total(x):
         time.sleep(40 * index)
         traced.append(index)
         return x.sum()
-    run = _compiled_by_all(jax.jit(total))
+    run = compiled_by_all(jax.jit(total))
     x = jax.make_array_from_callback((2,), spread, lambda part: np.float32([3 + index]))
     assert [float(run(x)) for _ in range(2)] == [7, 7] and traced == [index]
     """

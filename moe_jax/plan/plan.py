@@ -1,0 +1,110 @@
+"""One plan: a mesh for a run on named hardware, its real steps compiled there with and without noise, and what they say."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_jax.errors import ConfigError
+from moe_jax.mesh import MeshSpec
+from moe_jax.plan.memory import Memory
+from moe_jax.plan.roofline import Roofline, roofline
+from moe_jax.plan.search import Candidate, judged, search, why
+from moe_jax.plan.steps import STEPS, Compiled, compile_step
+from moe_jax.plan.topology import Topology, compiling_alone
+from moe_jax.train.run_config import RunConfig
+
+TRIES = 3  # meshes that are compiled, when the compiler needs more memory than the model thought
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found. Times are of the roofline, memory and collectives of the compiler."""
+
+    topology: Topology
+    config: RunConfig  # clean, with the exchange and recomputation that were compiled
+    noise: str
+    mesh: MeshSpec
+    explanation: str
+    memory: Memory
+    clean: dict[str, Compiled]  # step -> what the compiler said
+    noisy: dict[str, Compiled]
+    times: tuple[Roofline, Roofline | None]
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every step was compiled within a chip's memory (of a stand-in: is, by the memory model)."""
+        if self.topology.stand_in and self.topology.chip:
+            return self.memory.peak <= self.topology.chip.limit
+        chip, every = self.topology.chip, [*self.clean.values(), *self.noisy.values()]
+        return not any(step.refused or (chip and step.peak > chip.limit) for step in every)
+
+
+def make_plan(
+    config: RunConfig,
+    topology: Topology,
+    mesh: MeshSpec | None = None,
+    steps: Sequence[str] = STEPS,
+    keep_remat: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    cache: Path | None = None,
+) -> Plan:
+    """Compiles `steps` of the run without its noise and, if it has any, with it, on `mesh` or on the best that a search finds.
+
+    say: gets a line before each compilation. cache: see `compile_step`. Raises ConfigError for a mesh that does not divide the run or does not fit the
+    topology, and where no mesh does.
+    """
+    noise, clean = config.noise, dataclasses.replace(config, noise="")
+    candidates, explanation, every = _candidates(clean, topology, mesh, keep_remat)
+
+    def compiled(config: RunConfig, mesh: MeshSpec, steps: Sequence[str], what: str) -> dict[str, Compiled]:
+        built, found = mesh.build(topology.devices), {}
+        for step in steps:
+            say(f"compiling {step}, {what}, for {topology.name} on {mesh}")
+            found[step] = compile_step(step, config, built, topology.platform, cache)
+        return found
+
+    with compiling_alone(say):
+        for chosen in candidates[:TRIES]:
+            found = compiled(chosen.config, chosen.mesh, steps[:1], "clean")
+            refused = found[steps[0]].refused
+            if not refused:
+                break
+            explanation += f" The compiler refused {chosen.mesh}: {refused}"
+        with_noise = dataclasses.replace(chosen.config, noise=noise)
+        if not refused:
+            found |= compiled(chosen.config, chosen.mesh, steps[1:], "clean")
+        noisy = compiled(with_noise, chosen.mesh, steps, "noisy") if noise and not refused else {}
+    assert chosen.memory is not None and chosen.roofline is not None
+    times = (chosen.roofline, roofline(with_noise, chosen.mesh) if noise else None)
+    return Plan(topology, chosen.config, noise, chosen.mesh, explanation, chosen.memory, found, noisy, times, tuple(every))
+
+
+def _candidates(
+    config: RunConfig, topology: Topology, mesh: MeshSpec | None, keep_remat: bool
+) -> tuple[list[Candidate], str, list[Candidate]]:
+    """The meshes to compile, in order; in words why; all that were judged. After the first come those that need a tenth less."""
+    chip = topology.chip
+    if mesh is not None:
+        if mesh.size != topology.size:
+            raise ConfigError(f"mesh {mesh} has {mesh.size} devices, topology {topology.name} has {topology.size}")
+        only = judged(config, mesh, topology.devices)
+        if only.refused:
+            raise ConfigError(f"mesh {mesh} on {topology.name}: {only.refused}")
+        return [only], f"{mesh} was given.", []
+    if chip is None:
+        kind = topology.devices[0].device_kind
+        raise ConfigError(
+            f"there are no figures of the attached device ({kind}) to choose a mesh by; name one, as in --mesh=data={topology.size}"
+        )
+    every = search(config, chip, topology.size, topology.devices, keep_remat)
+    possible = [candidate for candidate in every if not candidate.refused]
+    if not possible:
+        raise ConfigError(
+            f"no mesh over the {topology.size} devices of {topology.name} divides this run; for one, {every[0].mesh}: {every[0].refused}"
+        )
+    chosen = possible[:1]
+    for candidate in possible[1:]:
+        if candidate.fits(chip) and candidate.memory.peak < 0.9 * chosen[-1].memory.peak:  # type: ignore[union-attr]
+            chosen.append(candidate)
+    return chosen, why(every, chip), every

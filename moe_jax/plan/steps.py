@@ -1,0 +1,173 @@
+"""The real steps of a run, compiled on abstract arrays: what trains, evaluates, records and samples, as launch.train, .record and .generate run it.
+
+B sequences of a batch over all devices, S sequence length.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.config_tools import digest
+from moe_jax.errors import ConfigError
+from moe_jax.generate import Sampler, State
+from moe_jax.keys import Draw
+from moe_jax.model.cache import Cache
+from moe_jax.plan.hlo import Totals, collectives
+from moe_jax.platforms import tracing_for
+from moe_jax.train.program import Program
+from moe_jax.train.record import recorder
+from moe_jax.train.run_config import RunConfig
+
+STEPS = ("train", "evaluate", "record", "prefill", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one step. Bytes are of one device; of a step that does not fit, only `refused` is known."""
+
+    step: str
+    arguments: int = 0  # of them, `donated` become results
+    donated: int = 0
+    results: int = 0
+    temporaries: int = 0
+    seconds: float = 0.0  # that compiling took
+    always: Totals = dataclasses.field(default_factory=dict)
+    overflowing: Totals = dataclasses.field(default_factory=dict)
+    refused: str = ""  # the compiler's own words
+
+    @property
+    def peak(self) -> int:
+        """Arguments, results that are not in their place, and temporaries."""
+        return self.arguments + self.results - self.donated + self.temporaries
+
+
+def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache: Path | None = None) -> Compiled:
+    """Compiles one of STEPS for the mesh's devices. Raises ConfigError for what cannot be laid out on the mesh.
+
+    cache: a folder in which what the compiler said of a program is looked up, by the program's text, devices and versions, and kept.
+    """
+    began = time.monotonic()
+    with tracing_for(platform):
+        lowered = lower(step, config, mesh)
+        known = None if cache is None else cache / f"{_digest(lowered.as_text(), mesh)}.json"
+        if known is not None and known.exists():
+            return Compiled(**json.loads(known.read_text()), step=step)
+        try:
+            found = _measured(step, lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found = Compiled(step, refused=_memory_words(str(error)))
+    found = dataclasses.replace(found, seconds=time.monotonic() - began)
+    if known is not None:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        fresh = known.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({name: value for name, value in vars(found).items() if name != "step"}))
+        fresh.replace(known)
+    return found
+
+
+def _measured(step: str, compiled: Any) -> Compiled:
+    memory = compiled.memory_analysis()
+    sizes = (memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return Compiled(step, *sizes, 0.0, *collectives(compiled.as_text()))
+
+
+def _digest(text: str, mesh: Mesh) -> str:
+    """Of everything that decides what the compiler says."""
+    devices = mesh.devices.flat
+    libraries = ["jax", "jaxlib", *(["libtpu"] if find_spec("libtpu") else [])]
+    return digest([text, [str(device) for device in devices], [version(name) for name in libraries]])[:32]
+
+
+def _memory_words(error: str) -> str:
+    """Of the compiler's message, what it needed and what there is."""
+    sentence = next(
+        (part for part in error.replace("\\n", "\n").splitlines() if "memory" in part.lower() and "G" in part), error.splitlines()[0]
+    )
+    return sentence.strip()[:300]
+
+
+def lower(step: str, config: RunConfig, mesh: Mesh) -> Any:
+    """The step lowered, not compiled: its text says what is computed. Call it under `tracing_for` the mesh's platform."""
+    if step not in STEPS:
+        raise ConfigError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
+    shapes = _Shapes(config, mesh)
+    return getattr(shapes, step)()
+
+
+class _Shapes:
+    """The abstract arguments of each step, where a run would have them."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.program: Program = config.program(mesh)
+        self.model = self.program.model
+
+    def train(self) -> Any:
+        data, state = self.config.data, jax.eval_shape(self.program.init, np.uint32(0))
+        state = jax.tree.map(self._at, state, self.program.shardings)
+        tokens = self._tokens((data.accumulation, data.batch_size, data.seq_len), 1)
+        return self.program.train.lower(state, {"tokens": tokens, "targets": tokens}, self._knobs())
+
+    def evaluate(self) -> Any:
+        shape = (self.config.eval_batch, self.config.data.seq_len)
+        batch = {"tokens": self._tokens(shape), "targets": self._tokens(shape), "weight": self._tokens(shape, dtype=jnp.float32)}
+        return self.program.evaluate_step.lower(self.model.abstract(), batch | {"row_offset": np.int32(0)}, self._knobs())
+
+    def record(self) -> Any:
+        noise, tokens = self._knobs().noise, self._tokens((self.config.eval_batch, self.config.data.seq_len))
+        return recorder(self.model).lower(self.model.abstract(), tokens, noise, _draw("eval"))
+
+    def prefill(self) -> Any:
+        rows, length = self.config.eval_batch, self.config.data.seq_len
+        arguments = (self._tokens((rows, length)), self._tokens((rows,)), self._cache(fresh=True))
+        return self._sampler.prefill.lower(self.model.abstract(), *arguments, self._knobs().noise, _draw("rollout"), _how())
+
+    def sample(self) -> Any:
+        rows = self._tokens((self.config.eval_batch,))
+        state = State(self._cache(fresh=False), rows, rows, self._tokens(rows.shape, dtype=jnp.bool_))
+        return self._sampler.step.lower(self.model.abstract(), state, self._knobs().noise, _draw("rollout"), _how())
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.model, trace=bool(self.model.config.moe_layers))
+
+    def _knobs(self) -> Any:
+        return jax.tree.map(lambda leaf: self._at(leaf, NamedSharding(self.mesh, PartitionSpec())), jax.eval_shape(self.config.knobs))
+
+    def _at(self, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def _tokens(self, shape: tuple[int, ...], axis: int = 0, dtype: Any = jnp.int32) -> Any:
+        """Of a batch whose sequences `axis` counts."""
+        layout: Any = self.model.layout(shape[axis])
+        spec = PartitionSpec(*(None,) * axis, layout.rows or None)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _cache(self, fresh: bool) -> Cache:
+        rows, length = self.config.eval_batch, self.config.data.seq_len
+        made = jax.eval_shape(lambda: self.model.cache(rows, length))
+        layout: Any = self.model.layout(rows)
+        where = NamedSharding(self.mesh, layout.spec(None, "batch", None, "kv_heads", None, shape=made.keys.shape))
+        return dataclasses.replace(jax.tree.map(lambda leaf: self._at(leaf, where), made), fresh=fresh)
+
+
+def _draw(phase: str) -> Draw:
+    return Draw(seed=np.uint32(0), step=np.uint32(0), phase=phase, row_offset=np.uint32(0))  # type: ignore[arg-type]
+
+
+def _how() -> tuple[Any, ...]:
+    """Temperature, top_p, stop tokens and seed of a Sampler."""
+    return np.float32(1), np.float32(1), np.zeros(1, np.int32), np.uint32(0)

@@ -1,0 +1,79 @@
+"""launch.plan as a command: what it prints and writes, its exit codes, bad input in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def plan(*flags: str, cache: Path | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | ({"MOE_JAX_CACHE": str(cache)} if cache else {})
+    return subprocess.run(
+        [sys.executable, "-m", "launch.plan", *flags], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_a_plan_of_gpus(tmp_path):
+    """The text has every part, the page and the JSON file are there."""
+    done = plan(
+        "--preset=tiny", "--topology=h100:4", "--mesh=expert=4", "--noise=all=relative:0.05", "--remat=full", f"--workdir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "FITS",
+        "Memory model of train",
+        "Noise adds: train",
+        "Collectives",
+        "Roofline",
+        "chip-hours",
+        "launch.train --preset=tiny --mesh=expert=4",
+    ):
+        assert part in done.stdout
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert facts["fits"] and facts["mesh"]["expert"] == 4 and facts["clean"]["train"]["collectives"]["all-gather"][0] > 0
+    assert facts["config"]["model"]["remat"] == "full" and (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_dry_run_compiles_nothing_and_says_why():
+    done = plan("--preset=qwen3_30b_a3b", "--topology=h100:64", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "meshes" in done.stdout and "traffic with remat=" in done.stdout and "compiling" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--preset=tiny", "--topology=v9:4x4"], "unknown topology 'v9:4x4'"),
+        (["--preset=tiny", "--topology=h100:8", "--mesh=expert=4"], "mesh expert=4 has 4 devices, topology h100:8 has 8"),
+        (["--preset=tiny", "--topology=h100:4", "--mesh=exprt=4"], "did you mean 'expert'"),
+        (["--preset=tiny", "--topology=h100:4", "--seq=65"], "--seq=65 is longer than the 64 positions of tiny"),
+        (["--preset=tiny", "--topology=h100:4", "--steps=trian"], "unknown step trian"),
+        (["--preset=tiny", "--topology=h100:4", "--noise=routr=relative:1"], "router"),
+        (["--preset=tniy", "--topology=h100:4"], "did you mean 'tiny'"),
+        (["--topology=h100:4"], "name one of --preset and --experiment"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words):
+    done = plan(*flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_a_tpu_topology_says_how_to_get_it():
+    done = plan("--preset=tiny", "--topology=v5e:4x4")
+    assert done.returncode == 2 and "pip install 'moe-jax[plan]'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_model_compiles_for_a_slice_of_tpus(tmp_path):
+    done = plan("--preset=qwen3_tiny", "--topology=v5e:2x2", "--mesh=expert=4", "--noise=all=relative:0.05", "--steps=all", cache=tmp_path)
+    assert done.returncode == 0 and "FITS" in done.stdout, done.stderr
+    assert "train +" in done.stdout and "+0 collectives" in done.stdout
