@@ -55,7 +55,7 @@ def _plan(config: RunConfig) -> list[str]:
     """Memory and time of the step on usual slices, by the plan's models."""
     return [
         "",
-        "a run on accelerators, by memory model and roofline, the network between devices not looked at (launch.plan does, and compiles the step)",
+        "by memory model and roofline, whatever the network between devices (launch.plan looks at it, and compiles the step)",
         describe_costs(config),
     ]
 
