@@ -40,7 +40,8 @@ class Compiled:
     arguments: int = 0  # of them, `donated` become results
     donated: int = 0
     results: int = 0
-    temporaries: int = 0
+    temporaries: int = 0  # buffers for them; some lie where arguments that were used lay before
+    most: int = 0  # bytes in use at once, by the compiler's account; 0 where it gives none
     seconds: float = 0.0  # that compiling took
     always: Totals = dataclasses.field(default_factory=dict)
     overflowing: Totals = dataclasses.field(default_factory=dict)
@@ -48,8 +49,8 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Arguments, results that are not in their place, and temporaries."""
-        return self.arguments + self.results - self.donated + self.temporaries
+        """Bytes in use at once; where the compiler gives no account: arguments, results that are not in their place, and all temporaries."""
+        return self.most or self.arguments + self.results - self.donated + self.temporaries
 
 
 def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache: Path | None = None) -> Compiled:
@@ -64,7 +65,7 @@ def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache:
         if known is not None and known.exists():
             return Compiled(**json.loads(known.read_text()), step=step)
         try:
-            found = _measured(step, lowered.compile())
+            found = _measured(step, lowered.compile(), mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -78,10 +79,11 @@ def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache:
     return found
 
 
-def _measured(step: str, compiled: Any) -> Compiled:
+def _measured(step: str, compiled: Any, platform: str) -> Compiled:
     memory = compiled.memory_analysis()
+    most = int(getattr(memory, "peak_memory_in_bytes", 0)) if platform == "tpu" else 0  # a CPU's leaves the temporaries out
     sizes = (memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-    return Compiled(step, *sizes, 0.0, *collectives(compiled.as_text()))
+    return Compiled(step, *sizes, most, 0.0, *collectives(compiled.as_text()))
 
 
 def _digest(text: str, mesh: Mesh) -> str:
