@@ -1,6 +1,6 @@
 """A model of a step's memory on one device, from the parameters' declarations, the mesh and the batch alone: no compiler, no arrays.
 
-It says which meshes are worth compiling, and what GPUs that are not here would need. BUILD.md has its error against the compiler's own figures.
+It says which meshes are worth compiling, and what GPUs that are not here would need. results/plans_30b has its error against the compiler's own figures.
 T tokens of one device, S sequence length, R rows that its experts compute, D model width, F expert width, L layers, K experts per token, V words.
 """
 
@@ -19,7 +19,6 @@ from moe_jax.optim.plan import LeafPlan, OptimizerConfig, plan
 from moe_jax.train.run_config import RunConfig
 
 _WIDTH = {"float32": 4, "bfloat16": 2}
-SLACK = 1.15  # buffers do not lie without gaps; a compiler with room to spare takes more, one without takes less
 _STATES = {"muon": 1, "adamw": 2, "frozen": 0}  # arrays of the parameter's shape that the optimizer keeps
 
 
@@ -32,14 +31,15 @@ class Memory:
     gradients: float
     activations: float  # kept from the forward pass for the backward pass
     head: float  # the head's gradient, whole, which is made in the forward pass
-    loss: float  # besides, while the loss is computed: the head, its gradient once more, a chunk's logits and exponentials
+    loss: float  # besides, while the loss is computed: the head, a chunk's logits and exponentials
     layer: float  # while the layers are computed backward: all weights in the compute type, one layer's whole, its rows and their gradients
     update: float  # while the optimizer works on its largest parameter
 
     @property
     def temporaries(self) -> float:
         """What is there besides parameters and optimizer when most is: in the loss, in the layers' backward pass, or in the update."""
-        return self.gradients + SLACK * max(self.activations + self.head + max(self.loss, self.layer), self.update)
+        kept = self.activations + self.head
+        return max(kept + self.loss, self.gradients + kept + self.layer, self.gradients + self.update)
 
     @property
     def peak(self) -> float:
@@ -139,7 +139,7 @@ def _saved_rows(c: ModelConfig, part: Part) -> float:
 
 def _loss(c: ModelConfig, part: Part) -> float:
     wide, words = _WIDTH[c.dtypes.compute], c.vocab_size
-    return words * c.d_model * (wide + 2 * 4) + min(c.loss_chunk_size, part.tokens) * words * (2 * 4 + wide)
+    return words * c.d_model * wide + min(c.loss_chunk_size, part.tokens) * words * (4 + wide)
 
 
 def _layer(config: RunConfig, leaves: Mapping[str, ParamSpec], mesh: MeshSpec, part: Part) -> float:
