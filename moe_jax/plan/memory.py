@@ -127,14 +127,11 @@ def _activations(c: ModelConfig, part: Part, tensor: int) -> float:
     each = part.together * c.d_model * wide
     if c.remat != "full":
         each += part.together * (heads / tensor + c.d_model) * wide
-    moe = routes if c.remat != "none" else routes + _saved_rows(c, part) * wide
+    whole = c.remat == "none" and c.dispatch_chunks == 1  # chunks are computed again
+    moe = routes + part.rows * (2 * c.d_model + (2 + c.gated) * c.d_expert) * wide if whole else routes
     dense = 0 if c.remat == "full" else part.tokens * 3 * c.dense_width * wide
     layers = len(c.moe_layers)
     return layers * (each + moe) + (c.num_layers - layers) * (each + dense)
-
-
-def _saved_rows(c: ModelConfig, part: Part) -> float:
-    return part.rows * (2 * c.d_model + (2 + c.gated) * c.d_expert)
 
 
 def _loss(c: ModelConfig, part: Part) -> float:

@@ -73,10 +73,10 @@ def roofline(config: RunConfig, mesh: MeshSpec) -> Roofline:
     """The components of one update on `mesh`."""
     counts = _Counts(config, mesh)
     parts = (counts.attention(), counts.router(), counts.experts(), counts.mlp(), counts.head(), counts.optimizer())
-    useful = sum(part.flops + part.exact for part in parts[:-1])
-    repeats = (4 if config.model.remat == "full" else 3) / 3
-    head = parts[4].flops
-    return Roofline(tuple(part for part in parts if part.traffic), (useful - head) / repeats + head)
+    repeated = {"experts": 4 / 3 if counts.again else 1.0, "embedding and head": 1.0}
+    usual = 4 / 3 if config.model.remat == "full" else 1.0
+    useful = sum((part.flops + part.exact) / repeated.get(part.name, usual) for part in parts[:-1])
+    return Roofline(tuple(part for part in parts if part.traffic), useful)
 
 
 class _Counts:
@@ -87,6 +87,7 @@ class _Counts:
         self.part, self.many = Part.of(config, mesh), config.data.accumulation
         self.store, self.wide = bytes_of(config.model.dtypes)
         self.passes = 4 if config.model.remat == "full" else 3  # forward, perhaps again, and two products backward
+        self.again = self.c.remat == "full" or self.c.dispatch_chunks > 1  # whether the experts' forward pass is computed twice
         self.layers, self.moe = self.c.num_layers, len(self.c.moe_layers)
         self.split = mesh.tensor
         self.together = self.part.together * self.many
@@ -98,7 +99,7 @@ class _Counts:
         noise = self.noisy.get(site)
         if noise is None:
             return 0.0
-        again = 2 if self.c.remat == "full" and site != "lm_head" else 1
+        again = 2 if (self.again if site.startswith("expert") else self.c.remat == "full") and site != "lm_head" else 1
         sizes = {"forward": forward * again, "grad_input": inward, "grad_weight": weights * self.many}
         return DRAW * sum(sizes[name] for name in noise.passes if name in sizes)
 
@@ -147,16 +148,17 @@ class _Counts:
         names = ("up", "gate")[: 1 + c.gated]
         noise = sum(self._drawn(f"expert_{name}", rows * c.d_expert, rows * c.d_model, each) for name in names)
         noise += self._drawn("expert_down", rows * c.d_model, rows * c.d_expert, each)
-        traffic = self.passes * rows * (4 * c.d_model + 4 * c.d_expert) * self.wide + 3 * weights * self.wide * self.many
+        passes = 4 if self.again else 3
+        traffic = passes * rows * (4 * c.d_model + 4 * c.d_expert) * self.wide + 3 * weights * self.wide * self.many
         over = self.mesh.fsdp if self.part.exchange else self.mesh.fsdp * self.part.experts_over
         gathered = weights * (over - 1) / over * (2 * self.wide + self.store) * self.many
         sent = gathered + self._averaged(weights / over) + self._rows_sent() * self.many
-        return self._each("experts", self.moe, 2 * rows * c.d_model * c.d_expert * matrices * self.passes, noise, traffic, sent)
+        return self._each("experts", self.moe, 2 * rows * c.d_model * c.d_expert * matrices * passes, noise, traffic, sent)
 
     def _rows_sent(self) -> float:
         """Bytes of rows that come to a device and go back, forward, perhaps again, and backward; what all_gather adds up travels in float32."""
         c, size = self.c, self.part.experts_over
-        passes = 3 if c.remat == "full" else 2
+        passes = 3 if self.again else 2
         rows = self.part.rows if self.part.exchange == "all_to_all" else self.part.tokens * size
         back = self.wide if self.part.exchange == "all_to_all" else 4
         return passes * rows * (size - 1) / size * c.d_model * (self.wide + back) if self.part.exchange else 0.0

@@ -45,9 +45,9 @@ def judged(config: RunConfig, mesh: MeshSpec, devices: Sequence[Any] | None = No
         for path, spec in declared(model).items():
             _named(path, DEFAULT_RULES.partition, spec.axes, spec.shape, sizes)
         for name, count in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
-            require(count, mesh.tensor, name, "tensor")
+            _divides(count, mesh.tensor, name, "tensor")
         for name, count in (("batch_size", config.data.batch_size), ("eval_batch", config.eval_batch)):
-            require(count, mesh.data * mesh.fsdp, name, "data x fsdp")
+            _divides(count, mesh.data * mesh.fsdp, name, "data x fsdp")
         if devices is not None:
             mesh.build(devices)
     except ConfigError as error:
@@ -55,7 +55,7 @@ def judged(config: RunConfig, mesh: MeshSpec, devices: Sequence[Any] | None = No
     return Candidate(mesh, config, "", estimate(config, mesh), roofline(config, mesh))
 
 
-def require(count: int, over: int, what: str, axes: str) -> None:
+def _divides(count: int, over: int, what: str, axes: str) -> None:
     """Raises ConfigError where `count` does not divide."""
     if count % over:
         raise ConfigError(f"{what}={count} does not divide over {axes}={over}")
