@@ -37,8 +37,7 @@ def exchange_all_to_all(
     decision: of this device's tokens, by global ids; that of no expert goes nowhere. experts: those that this device holds. tokens: global token numbers.
     local: (rows [R,D], RoutingDecision [R,1] with ids from this device's first expert on, experts, logical row numbers [R]) -> (float32 [R,D],
     DispatchStats); an id of experts.count is nobody's and adds 0. fallback: (x, decision, experts, tokens) -> what this function returns; its
-    intermediate values are not kept for the backward pass. factor: a buffer holds factor*T*K/N rows, up to a multiple of 8, at most T*K. Results travel in
-    the type of x.
+    intermediate values are not kept for the backward pass. factor: a buffer holds factor*T*K/N rows, up to a multiple of 8, at most T*K.
     In the stats: `padded` counts the rows that arrived here empty besides those of `local`; `overflow` this device's assignments past their buffers.
     Raises ValueError when tokens are not divided over the group's axes, or factor is not above 0.
     """
@@ -58,7 +57,7 @@ def exchange_all_to_all(
         x_rows = swap(spread(x, source // slots, slot.reshape(-1, slots)))
         weights = swap(spread(decision.weights.reshape(-1), source, slot[:, None]))
         out, stats = local(x_rows, RoutingDecision(ids[:, None], weights[:, None]), experts, numbers)
-        y = collect(swap(out.astype(x.dtype)), slot.reshape(-1, slots), source // slots).astype(out.dtype)
+        y = collect(swap(out), slot.reshape(-1, slots), source // slots)
         return y, traffic(stats, counts, ids, group)
 
     return or_fallback(overflow(counts, rows), exchange, fallback, group, x, decision, experts, tokens)

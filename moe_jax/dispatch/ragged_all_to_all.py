@@ -56,8 +56,8 @@ def exchange_ragged_all_to_all(
         x_rows = send(spread(x, order // slots, place.reshape(-1, slots)), there, back)
         weights = send(spread(decision.weights.reshape(-1, 1), order, place[:, None]), there, back)
         out, stats = local(x_rows, RoutingDecision(ids[:, None], weights), experts, numbers)
-        sorted_out = _move(group.axes, (rows, assignments), out.astype(x.dtype), back, there)
-        return collect(sorted_out, place.reshape(-1, slots), order // slots).astype(out.dtype), traffic(stats, counts, ids, group)
+        sorted_out = _move(group.axes, (rows, assignments), out, back, there)
+        return collect(sorted_out, place.reshape(-1, slots), order // slots), traffic(stats, counts, ids, group)
 
     return or_fallback(overflow(everyones[:, me].sum(), rows), exchange, fallback, group, x, decision, experts, tokens)
 

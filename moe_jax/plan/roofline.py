@@ -156,12 +156,11 @@ class _Counts:
         return self._each("experts", self.moe, 2 * rows * c.d_model * c.d_expert * matrices * passes, noise, traffic, sent)
 
     def _rows_sent(self) -> float:
-        """Bytes of rows that come to a device and go back, forward, perhaps again, and backward; what all_gather adds up travels in float32."""
+        """Bytes of rows that come to a device and go back, forward, perhaps again, and backward; results travel in float32."""
         c, size = self.c, self.part.experts_over
         passes = 3 if self.again else 2
         rows = self.part.rows if self.part.exchange == "all_to_all" else self.part.tokens * size
-        back = self.wide if self.part.exchange == "all_to_all" else 4
-        return passes * rows * (size - 1) / size * c.d_model * (self.wide + back) if self.part.exchange else 0.0
+        return passes * rows * (size - 1) / size * c.d_model * (self.wide + 4) if self.part.exchange else 0.0
 
     def mlp(self) -> Component:
         c, tokens = self.c, self.together

@@ -65,6 +65,7 @@ def test_tokens_that_do_not_divide_are_refused():
         CONFIG.replace(dispatch_chunks=0)
 
 
+@pytest.mark.slow
 def test_a_chunk_is_computed_in_the_memory_of_a_chunk():
     """Temporaries of an expert layer's gradient fall by more than half."""
     config = CONFIG.replace(d_model=64, d_expert=256, remat="full", dispatch="all_to_all")

@@ -66,7 +66,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, window):
     scope, direction = scope_of(0.4), jnp.asarray(RANDOM.normal(size=(B, S, H, N)), "float32")
     results, texts = [], []
     for size in (128, 3, 1):
-        monkeypatch.setattr(blockwise, "BLOCK", size)
+        monkeypatch.setitem(blockwise.BLOCKS, "cpu", size)
 
         def both(q, k, v, size=size):
             out, pull = jax.vjp(lambda *inputs: attend(*inputs, window, scope), q, k, v)
