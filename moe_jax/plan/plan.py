@@ -13,7 +13,7 @@ from moe_jax.plan.steps import STEPS, Compiled, compile_step
 from moe_jax.plan.topology import Topology, compiling_alone
 from moe_jax.train.run_config import RunConfig
 
-TRIES = 3  # meshes that are compiled, when the compiler needs more memory than the model thought
+TRIES = 3  # meshes that are compiled, when the compiler needs more memory than the model thought, with noise or without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,16 @@ def make_plan(
 
     with compiling_alone(say):
         for chosen in candidates[:TRIES]:
+            with_noise = dataclasses.replace(chosen.config, noise=noise)
             found = compiled(chosen.config, chosen.mesh, steps[:1], "clean")
-            refused = found[steps[0]].refused
+            noisy = compiled(with_noise, chosen.mesh, steps[:1], "noisy") if noise and not found[steps[0]].refused else {}
+            refused = next((step.refused for step in (*found.values(), *noisy.values()) if step.refused), "")
             if not refused:
                 break
-            explanation += f" The compiler refused {chosen.mesh}: {refused}"
-        with_noise = dataclasses.replace(chosen.config, noise=noise)
+            explanation += f" The compiler refused {chosen.mesh}{' with noise' * bool(noisy)}: {refused}"
         if not refused:
             found |= compiled(chosen.config, chosen.mesh, steps[1:], "clean")
-        noisy = compiled(with_noise, chosen.mesh, steps, "noisy") if noise and not refused else {}
+            noisy |= compiled(with_noise, chosen.mesh, steps[1:], "noisy") if noise else {}
     assert chosen.memory is not None and chosen.roofline is not None
     times = (chosen.roofline, roofline(with_noise, chosen.mesh) if noise else None)
     return Plan(topology, chosen.config, noise, chosen.mesh, explanation, chosen.memory, found, noisy, times, tuple(every))
@@ -83,7 +84,7 @@ def make_plan(
 def _candidates(
     config: RunConfig, topology: Topology, mesh: MeshSpec | None, keep_remat: bool
 ) -> tuple[list[Candidate], str, list[Candidate]]:
-    """The meshes to compile, in order; in words why; all that were judged. After the first come those that need a tenth less."""
+    """The meshes to compile, in order; in words why; all that were judged."""
     chip = topology.chip
     if mesh is not None:
         if mesh.size != topology.size:
@@ -103,8 +104,4 @@ def _candidates(
         raise ConfigError(
             f"no mesh over the {topology.size} devices of {topology.name} divides this run; for one, {every[0].mesh}: {every[0].refused}"
         )
-    chosen = possible[:1]
-    for candidate in possible[1:]:
-        if candidate.fits(chip) and candidate.memory.peak < 0.9 * chosen[-1].memory.peak:  # type: ignore[union-attr]
-            chosen.append(candidate)
-    return chosen, why(every, chip), every
+    return [*possible[:1], *(candidate for candidate in possible[1:] if candidate.fits(chip))], why(every, chip), every

@@ -11,9 +11,11 @@ from moe_jax.model.layers import Scope
 from moe_jax.plan.chips import CHIPS
 from moe_jax.plan.costs import best, describe, fitted, preset_run
 from moe_jax.plan.memory import estimate, exchange_of
+from moe_jax.plan.plan import make_plan
 from moe_jax.plan.roofline import roofline
 from moe_jax.plan.search import judged, meshes, search, why
-from moe_jax.plan.steps import compile_step, lower
+from moe_jax.plan.steps import Compiled, compile_step, lower
+from moe_jax.plan.topology import topology
 from moe_jax.platforms import tracing_for
 
 GIB = 2**30
@@ -138,6 +140,20 @@ def test_nothing_fits_is_said():
     assert best(preset_run("mixtral_8x7b", 8), "v5e:2x4") is None
     words = describe(preset_run("qwen3_30b_a3b", 8), ("v5e:2x4", "v5p:4x4x4"))
     assert "no mesh of it holds the step" in words.splitlines()[0] and "GiB of 93" in words.splitlines()[1]
+
+
+def test_a_mesh_that_is_refused_with_noise_gives_way_to_the_next(monkeypatch):
+    config, tried = dataclasses.replace(preset_run("tiny", 8), noise="matmuls=relative:0.05"), []
+
+    def compiles_the_second(step, config, mesh, platform, cache):
+        tried.append((MeshSpec(**{name: mesh.shape[name] for name in ("data", "fsdp", "expert", "tensor")}), bool(config.noise)))
+        return Compiled(step, refused="needs 17 of 16 G" if config.noise and len(tried) == 2 else "")
+
+    monkeypatch.setattr("moe_jax.plan.plan.compile_step", compiles_the_second)
+    found = make_plan(config, topology("h100:8"), steps=("train",))
+    meshes = [mesh for mesh, _ in tried]
+    assert [noisy for _, noisy in tried] == [False, True, False, True] and meshes[0] == meshes[1] != meshes[2] == meshes[3] == found.mesh
+    assert f"The compiler refused {meshes[0]} with noise: needs 17 of 16 G" in found.explanation and not found.noisy["train"].refused
 
 
 def test_small_batches_become_a_sequence_for_each_device():
