@@ -132,16 +132,21 @@ def would_fit(config: RunConfig, name: str, keep_remat: bool) -> tuple[str, ...]
 
 
 def command(plan, request: Request) -> str:
-    """The launch.train that runs the planned step of a preset; "" for a study, which launch.study runs."""
+    """The launch.train that runs the planned step of a preset; of a study its launch.study, and what the plan has otherwise than its runs."""
     if not request.preset:
-        return f"python -m launch.study --experiment={request.experiment} --mesh={plan.mesh} --workdir=…"
+        own = dataclasses.replace(_of_study(request)[0], noise="")
+        changed = config_tools.differences(own, plan.config)
+        otherwise = f", but for what the study sets otherwise: {'; '.join(changed)}" if changed else ""
+        return f"python -m launch.study --experiment={request.experiment} --mesh={plan.mesh} --workdir=…{otherwise}"
     from moe_jax.model import ModelConfig
     from moe_jax.optim.plan import OptimizerConfig
+    from moe_jax.train.step import Objective
 
     changed = {}
     for prefix, now, usual in (
         ("model", plan.config.model, ModelConfig.preset(request.preset)),
         ("optimizer", plan.config.optimizer, OptimizerConfig(warmup=plan.config.updates // 20, total=plan.config.updates)),
+        ("objective", plan.config.objective, Objective()),
     ):
         before, after = config_tools.flatten(usual), config_tools.flatten(now)
         changed |= {f"{prefix}.{name}": value for name, value in after.items() if value != before[name]}

@@ -8,7 +8,7 @@ from moe_jax.errors import ConfigError
 from moe_jax.mesh import MeshSpec
 from moe_jax.plan.memory import Memory
 from moe_jax.plan.roofline import Roofline, roofline
-from moe_jax.plan.search import Candidate, judged, search, why
+from moe_jax.plan.search import Candidate, judged, on_mesh, search, why
 from moe_jax.plan.steps import STEPS, Compiled, compile_step
 from moe_jax.plan.topology import Topology, compiling_alone
 from moe_jax.train.run_config import RunConfig
@@ -89,7 +89,8 @@ def _candidates(
     if mesh is not None:
         if mesh.size != topology.size:
             raise ConfigError(f"mesh {mesh} has {mesh.size} devices, topology {topology.name} has {topology.size}")
-        only = judged(config, mesh, topology.devices)
+        devices = topology.devices
+        only = judged(config, mesh, devices) if chip is None else on_mesh(config, mesh, chip, devices, keep_remat)
         if only.refused:
             raise ConfigError(f"mesh {mesh} on {topology.name}: {only.refused}")
         return [only], f"{mesh} was given.", []

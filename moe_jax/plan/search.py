@@ -73,11 +73,14 @@ def search(config: RunConfig, chip: Chip, size: int, devices: Sequence[Any] | No
 
     For each mesh the exchange of rows is the faster one that fits, and the recomputation the least that fits, unless keep_remat.
     """
-    best = []
-    for mesh in meshes(size):
-        options = [judged(option, mesh, devices) for option in _options(config, mesh, keep_remat)]
-        best.append(min(options, key=lambda candidate: _rank(candidate, chip)))
+    best = [on_mesh(config, mesh, chip, devices, keep_remat) for mesh in meshes(size)]
     return sorted(best, key=lambda candidate: _rank(candidate, chip))
+
+
+def on_mesh(config: RunConfig, mesh: MeshSpec, chip: Chip, devices: Sequence[Any] | None, keep_remat: bool) -> Candidate:
+    """The best way to run on one mesh; see `search`."""
+    options = [judged(option, mesh, devices) for option in _options(config, mesh, keep_remat)]
+    return min(options, key=lambda candidate: _rank(candidate, chip))
 
 
 def _options(config: RunConfig, mesh: MeshSpec, keep_remat: bool) -> Iterator[RunConfig]:
