@@ -15,6 +15,8 @@ from moe_jax.dispatch.offsets import capacity
 from moe_jax.mesh import DEFAULT_RULES, MeshSpec
 from moe_jax.model import Model, ModelConfig
 from moe_jax.model.config import DTypePolicy
+from moe_jax.noise import NoiseSpec
+from moe_jax.noise.sites import GROUPS
 from moe_jax.optim.plan import LeafPlan, OptimizerConfig, plan
 from moe_jax.train.run_config import RunConfig
 
@@ -150,10 +152,18 @@ def _layer(config: RunConfig, leaves: Mapping[str, ParamSpec], mesh: MeshSpec, p
     }
     weights = sum(per_layer.values()) * (wide + 4)
     # what lies side by side in the compiler's buffers while a layer of OLMoE is computed backward: of the model's width 6 arrays in float32 and 7 narrow ones
-    rows = part.rows / c.dispatch_chunks * (c.d_model * (6 * 4 + 7 * wide) + c.d_expert * 7 * 4) if c.moe_layers else 0
+    each = c.d_model * (6 * 4 + 7 * wide) + c.d_expert * 7 * 4
+    if config.noise and _row_sites(config.noise):
+        each += c.d_model * 10 * 4  # what Qwen3-30B-A3B's step with noise on every matmul needs more, where each chip computes 32,768 rows
+    rows = part.rows / c.dispatch_chunks * each if c.moe_layers else 0
     heads = part.together * c.head_width * (3 * c.num_heads + 2 * c.kv_heads) * wide / mesh.tensor
     scores = part.together * c.num_heads / mesh.tensor * min(512, config.data.seq_len) * 8
     return weights + max(rows, heads + scores) + 6 * part.together * c.d_model * wide
+
+
+def _row_sites(noise: str) -> bool:
+    """Whether noise reaches the experts' rows."""
+    return any(site in GROUPS["experts"] and "train" in acts.phases for site, acts in NoiseSpec.parse(noise).by_site().items())
 
 
 def _update(config: OptimizerConfig, leaves, divided: Mapping[str, float], labels: Mapping[str, str]) -> float:

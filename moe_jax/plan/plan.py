@@ -54,8 +54,8 @@ def make_plan(
     say: gets a line before each compilation. cache: see `compile_step`. Raises ConfigError for a mesh that does not divide the run or does not fit the
     topology, and where no mesh does.
     """
-    noise, clean = config.noise, dataclasses.replace(config, noise="")
-    candidates, explanation, every = _candidates(clean, topology, mesh, keep_remat)
+    noise = config.noise
+    candidates, explanation, every = _candidates(config, topology, mesh, keep_remat)
 
     def compiled(config: RunConfig, mesh: MeshSpec, steps: Sequence[str], what: str) -> dict[str, Compiled]:
         built, found = mesh.build(topology.devices), {}
@@ -66,19 +66,19 @@ def make_plan(
 
     with compiling_alone(say):
         for chosen in candidates[:TRIES]:
-            with_noise = dataclasses.replace(chosen.config, noise=noise)
-            found = compiled(chosen.config, chosen.mesh, steps[:1], "clean")
+            with_noise, clean = chosen.config, dataclasses.replace(chosen.config, noise="")
+            found = compiled(clean, chosen.mesh, steps[:1], "clean")
             noisy = compiled(with_noise, chosen.mesh, steps[:1], "noisy") if noise and not found[steps[0]].refused else {}
             refused = next((step.refused for step in (*found.values(), *noisy.values()) if step.refused), "")
             if not refused:
                 break
             explanation += f" The compiler refused {chosen.mesh}{' with noise' * bool(noisy)}: {refused}"
         if not refused:
-            found |= compiled(chosen.config, chosen.mesh, steps[1:], "clean")
+            found |= compiled(clean, chosen.mesh, steps[1:], "clean")
             noisy |= compiled(with_noise, chosen.mesh, steps[1:], "noisy") if noise else {}
     assert chosen.memory is not None and chosen.roofline is not None
-    times = (chosen.roofline, roofline(with_noise, chosen.mesh) if noise else None)
-    return Plan(topology, chosen.config, noise, chosen.mesh, explanation, chosen.memory, found, noisy, times, tuple(every))
+    times = (roofline(clean, chosen.mesh), chosen.roofline if noise else None)
+    return Plan(topology, clean, noise, chosen.mesh, explanation, chosen.memory, found, noisy, times, tuple(every))
 
 
 def _candidates(
