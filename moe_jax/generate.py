@@ -129,22 +129,29 @@ class Sampler:
 
     @functools.cached_property
     def prefill(self):
-        def prefill(params, tokens, lengths, cache, noise, draw, how):
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-            out, cache = self.model.decode(params, tokens, positions, cache, lengths - 1, noise, draw, self._capture)
-            return self._chosen(out, cache, lengths, jnp.zeros(len(tokens), bool), draw, how)
-
-        return jax.jit(prefill, donate_argnums=3)
+        """`begin`, compiled."""
+        return jax.jit(self.begin, donate_argnums=3)
 
     @functools.cached_property
     def step(self):
-        def step(params, state: State, noise, draw, how):
-            out, cache = self.model.decode(
-                params, state.token[:, None], state.position[:, None], state.cache, noise=noise, draw=draw, capture=self._capture
-            )
-            return self._chosen(out, cache, state.position + 1, state.done, draw, how)
+        """`go_on`, compiled."""
+        return jax.jit(self.go_on, donate_argnums=1)
 
-        return jax.jit(step, donate_argnums=1)
+    def begin(self, params, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: Cache, noise, draw: Draw, how):
+        """Reads the prompts: the state with each sequence's first token, and (token, log-probability, done, whether it counts, routes) of it.
+
+        how: arrays (temperature, top_p, stop tokens, seed).
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        out, cache = self.model.decode(params, tokens, positions, cache, lengths - 1, noise, draw, self._capture)
+        return self._chosen(out, cache, lengths, jnp.zeros(len(tokens), bool), draw, how)
+
+    def go_on(self, params, state: State, noise, draw: Draw, how):
+        """Reads the last token of each sequence and chooses the next; as `begin`."""
+        out, cache = self.model.decode(
+            params, state.token[:, None], state.position[:, None], state.cache, noise=noise, draw=draw, capture=self._capture
+        )
+        return self._chosen(out, cache, state.position + 1, state.done, draw, how)
 
     @property
     def _capture(self) -> tuple[str, ...]:

@@ -40,27 +40,29 @@ def name_word(name: str) -> int:
     return word
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("seed", "step", "row_offset"), meta_fields=("phase",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("seed", "step", "row_offset"), meta_fields=("phase", "like"))
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """Which draw of the noise this call uses; arrays, so that no value compiles again.
 
-    phase is static.
+    phase and like are static.
     """
 
     seed: jax.Array | int = 0  # noise seed: an int (its lowest 32 bits count) or an array; as an argument of jit, give np.uint32(seed)
     step: jax.Array | int = 0  # optimizer updates done
     phase: str = "eval"  # one of PHASES
     row_offset: jax.Array | int = 0  # global index of the first example of this (micro-)batch
+    like: str = ""  # the phase whose draws these are, where two phases are to meet the same noise; "": its own
 
     def __post_init__(self):
-        if self.phase not in PHASES:
-            raise ValueError(f"unknown phase {self.phase!r}; known: {', '.join(PHASES)}")
+        for phase in (self.phase, self.like or self.phase):
+            if phase not in PHASES:
+                raise ValueError(f"unknown phase {phase!r}; known: {', '.join(PHASES)}")
 
     def key(self, fixed: bool = False) -> jax.Array:
         """The key UInt32[2] of this seed, phase and step; `fixed` leaves the step out, for what is the same in each, as a device's pattern."""
         key = jnp.zeros(2, jnp.uint32) + jnp.array([0x243F6A88, 0x85A308D3], jnp.uint32)
-        for value in (self.seed, name_word(self.phase), 0 if fixed else self.step):
+        for value in (self.seed, name_word(self.like or self.phase), 0 if fixed else self.step):
             key = fold(key, value)
         return key
 

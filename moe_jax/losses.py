@@ -54,6 +54,32 @@ def cross_entropy(
     return loss, {"loss": (stop(loss), count), "accuracy": (stop(correct), count)}
 
 
+def token_log_probs(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "T"],
+    size: int = 2048,
+    operator: Any = None,
+    rows: Int[Array, "T"] | None = None,
+) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    """Of each token log softmax(hidden head^T)[target] and the entropy of that softmax, in nats; `size` tokens at a time. Gives no gradient.
+
+    Its noise is that of `cross_entropy` with the same operator and rows: the sum of weights * log-probability has the gradient of cross_entropy with
+    -weights.
+    """
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    rows = jnp.arange(targets.shape[0]) if rows is None else rows
+
+    def one_chunk(chunk):
+        h, t, row = chunk
+        log_p = jax.nn.log_softmax(matmul(h, head, operator, row, transposed=True))
+        return jnp.take_along_axis(log_p, t[:, None], -1)[:, 0], -(jnp.exp(log_p) * log_p).sum(-1)
+
+    found = jax.lax.map(one_chunk, tuple(_token_chunks((hidden, targets, rows), size)))
+    log_probs, entropy = (part.reshape(-1)[: len(targets)] for part in found)
+    return log_probs, entropy
+
+
 def _whole(hidden, head, targets, weights, operator, rows, size=None):
     logits = matmul(hidden, head, operator, rows, transposed=True)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

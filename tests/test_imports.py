@@ -74,8 +74,9 @@ def test_sizes():
 
     The plan said about 8,000 for everything. Single-device training, noise, replay and studies take 7,900; meshes and several processes 1,350; models from
     elsewhere (six families, GGUF, chat templates, upcycling, generation) 1,350;
-    plans (topologies, memory, roofline, mesh search, the collectives of a compiled text, its report) 1,050; studies that measure, on a mesh 100.
+    plans (topologies, memory, roofline, mesh search, the collectives of a compiled text, its report) 1,050; studies that measure, on a mesh 100;
+    reinforcement learning (tasks and rewards, objective, sampling, replay, loop, warm-up) 1,450.
     """
     texts = {path: path.read_text().splitlines() for path in PACKAGE.rglob("*.py")}
-    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 11_900
+    assert sum(bool(line.strip()) for lines in texts.values() for line in lines) < 13_400
     assert {str(path): len(lines) for path, lines in texts.items() if len(lines) > 400} == {}

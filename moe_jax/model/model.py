@@ -18,7 +18,7 @@ from moe_jax import paths
 from moe_jax.axes import ParamSpec, Rules
 from moe_jax.errors import ConfigError, Unsupported
 from moe_jax.keys import Draw, parameter_key
-from moe_jax.losses import cross_entropy
+from moe_jax.losses import cross_entropy, token_log_probs
 from moe_jax.mesh import DEFAULT_RULES, Layout
 from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
@@ -239,24 +239,50 @@ class Model:
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]], Output]:
         """Sum over tokens of the cross-entropy in nats, its metrics as (sum, count), and the Output; the rest as for `apply`.
 
-        tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all. balance_scope: "microbatch" counts the load of
+        tokens, targets: Int[B, S]. weights: Float[B, S], 0 where a token does not count; None counts all; or a function of the tokens' log-probabilities and
+        entropies, both [B, S] without gradient, that gives weights and more metrics: so any loss whose derivative by the log-probabilities is known has its
+        gradient. balance_scope: "microbatch" counts the load of
         these B sequences together, on all devices; "sequence" of each by itself; "global_batch" as "microbatch", and gives `Output.balance` besides.
         """
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
         scope = dataclasses.replace(scope, balance=balance_scope)
         out, _ = self._features(params, tokens, scope, scales, capture, replay)
+        more: dict[str, Any] = {}
+        if callable(weights):
+            weigh: Any = weights
+            weights, more = weigh(*self._token_log_probs(params, out, targets, scope))
         weights = jnp.ones(targets.size, jnp.float32) if weights is None else weights.reshape(-1)
-        flat = out.hidden.reshape(-1, out.hidden.shape[-1])
-        arrays = (flat, self.head(params), targets.reshape(-1), weights, scope.operator("lm_head"), scope.tokens.reshape(-1))
 
-        def function(flat, head, targets, weights, operator, rows):
+        def function(weights, flat, head, targets, operator, rows):
             return cross_entropy(flat, head, targets, weights, self.config.loss_chunk, self.config.loss_chunk_size, operator, rows)
 
-        if scope.layout is not None:  # every device has some of the tokens and all of the head
+        total, metrics = self._on_tokens(function, params, out, targets, scope, (weights,))
+        return total, metrics | more, out
+
+    def log_probs(
+        self, params, tokens, targets, noise=None, draw=None, capture=(), replay=None, freeze=()
+    ) -> tuple[Float[Array, "B S"], Float[Array, "B S"], Output]:
+        """Of each token the log-probability of its target and the entropy of the next-token distribution, in nats, and the Output; the rest as for `apply`."""
+        scope, scales = self._scope(tokens, noise, draw, False, freeze)
+        out, _ = self._features(params, tokens, scope, scales, capture, replay)
+        return *self._token_log_probs(params, out, targets, scope), out
+
+    def _token_log_probs(self, params, out: Output, targets: Int[Array, "B S"], scope: Scope) -> Any:
+        def function(flat, head, targets, operator, rows):
+            return token_log_probs(flat, head, targets, self.config.loss_chunk_size, operator, rows)
+
+        found = self._on_tokens(function, params, out, targets, scope, by_token=True)
+        return tuple(part.reshape(targets.shape) for part in found)
+
+    def _on_tokens(self, function, params, out: Output, targets, scope: Scope, more: tuple = (), by_token: bool = False) -> Any:
+        """function(*more, hidden, head, targets, operator, rows) of all tokens in a row; on a mesh every device has some of them and all of the head."""
+        flat, operator = out.hidden.reshape(-1, out.hidden.shape[-1]), scope.operator("lm_head")
+        arrays = (*more, flat, self.head(params), targets.reshape(-1), operator, scope.tokens.reshape(-1))
+        if scope.layout is not None:
             rows, whole = PartitionSpec(scope.layout.tokens or None), PartitionSpec()
-            function = scope.layout.mapped(function, (rows, whole, rows, rows, whole, rows), whole)
+            function = scope.layout.mapped(function, (*(rows,) * len(more), rows, whole, rows, whole, rows), rows if by_token else whole)
         with jax.named_scope("head"):
-            return *function(*arrays), out
+            return function(*arrays)
 
     def head(self, params) -> Float[Array, "V D"]:
         """The matrix that turns hidden states into logits."""

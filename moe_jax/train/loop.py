@@ -78,21 +78,21 @@ def run(
     if checkpoints is not None and checkpoints.latest() is not None:
         state, _, start = checkpoints.restore(state)
     elif config.start:
-        state = dataclasses.replace(state, params=_parameters(config, program))
+        state = dataclasses.replace(state, params=start_parameters(config.start, program))
     metrics = nullcontext() if folder is None else on_all(lambda: MetricsWriter(folder))
     with metrics as writer, on_all(lambda: _routes_writer(config, data)) as routes:
-        recorder = _Recorder(writer, start, config.log_every, routes)
+        recorder = Recorder(writer, start, config.log_every, routes)
         with closing(_Profile(folder, start + 3, profile)) as trace:
             state = _train(config, program, data, state, start, checkpoints, recorder, progress, stop, trace)
         _evaluate(config, program, data, state, config.updates, recorder)
     return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
 
-def _parameters(config: RunConfig, program: Program) -> dict[str, Any]:
-    """The parameters that this run starts from."""
-    saved = load_model(config.start)
-    if changed := differences(saved.config.what(), config.model.what()):
-        raise ConfigError(f"the model in {config.start} is another one than this run's: {some(changed, 8)}")
+def start_parameters(start: str, program: Program) -> dict[str, Any]:
+    """The parameters in the folder `start`, of the program's model, where it has them."""
+    saved = load_model(start)
+    if changed := differences(saved.config.what(), program.model.config.what()):
+        raise ConfigError(f"the model in {start} is another one than this run's: {some(changed, 8)}")
     return program.put(saved.load(program.model, Transfer("read")))
 
 
@@ -181,7 +181,7 @@ class _AnyProcess:
         return before is not None and bool(before)
 
 
-def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], tokens: int, pending: tuple | None) -> None:
+def _drain(recorder: "Recorder", progress: Progress | None, names: list[str], tokens: int, pending: tuple | None) -> None:
     """Brings one step's numbers to the host, checks and records them."""
     if pending is None:
         return
@@ -196,31 +196,32 @@ def _drain(recorder: "_Recorder", progress: Progress | None, names: list[str], t
         )
     if recorder.routes is not None:
         recorder.routes.write(done - 1, *own_rows(trace, text.reshape(-1, text.shape[-1])))
-    row = {name: _ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
+    row = {name: ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
     recorder.add(done, {f"train/{name}" if "/" not in name else name: value for name, value in row.items()})
     if progress is not None:
         progress.update(done, {name: row[name] for name in ("loss", "router/load_cv", "router/flips") if name in row}, tokens)
 
 
-def _ratio(pair) -> float:
+def ratio(pair) -> float:
+    """Of a (sum, count) pair on the host."""
     return float(np.float64(pair[0]) / np.float64(pair[1]))
 
 
-def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState, done: int, recorder: "_Recorder") -> None:
+def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState, done: int, recorder: "Recorder") -> None:
     """Loss with the noise off and, where the spec has noise in evaluation, on; expert usage with it off."""
     mine = data if config.compare else data.of_process(*program.part(config.eval_batch))
     knobs, batches = config.knobs(), list(mine.validation_batches(config.eval_batch))
     evaluate = functools.partial(program.evaluate, state.params, sequences=config.eval_batch)
     counted = len(batches) if config.loss_windows is None else config.loss_windows // config.eval_batch
     sums = evaluate(batches[:counted], off(knobs))
-    row = {"eval/loss": _ratio(sums["loss"]), "eval/accuracy": _ratio(sums["accuracy"])}
+    row = {"eval/loss": ratio(sums["loss"]), "eval/accuracy": ratio(sums["accuracy"])}
     if counted < len(batches):
         rest = evaluate(batches[counted:], off(knobs))
         sums = jax.tree.map(np.add, sums, rest)
     acting = None if knobs.noise is None else knobs.noise.in_phase("eval")
     if acting is not None:
         noisy = any(np.asarray(scale).any() for scale in acting.scales.values())
-        row["eval/loss_noisy"] = _ratio(evaluate(batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
+        row["eval/loss_noisy"] = ratio(evaluate(batches[:counted], knobs)["loss"]) if noisy else row["eval/loss"]
     if "router/load" in sums:
         load = sums["router/load"]
         by_layer = np.asarray(load.std(-1) / load.mean(-1))
@@ -236,7 +237,7 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
     if config.compare:
         routes = Routes(config.compare, config.model, config.eval_batch, config.data.seq_len)
         along = [{**batch, "replay": routes.of(index, batch["tokens"])} for index, batch in enumerate(batches)]
-        row["eval/reference_overlap"] = _ratio(evaluate(along, off(knobs))["replay/set_overlap"])
+        row["eval/reference_overlap"] = ratio(evaluate(along, off(knobs))["replay/set_overlap"])
     recorder.add(done, row, always=True)
 
 
@@ -265,7 +266,7 @@ def peak_memory_gb() -> float:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
-class _Recorder:
+class Recorder:
     """The rows of a run: in memory, and in metrics.jsonl when there is a folder; a resumed run starts from the rows it had."""
 
     def __init__(self, writer: MetricsWriter | None, start: int, every: int, routes: TraceWriter | None):

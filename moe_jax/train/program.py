@@ -20,11 +20,17 @@ from moe_jax.train.state import Knobs, TrainState
 class Program:
     """The jitted functions for a model, an optimizer and an objective. `compiled` counts how often each was traced for a new structure.
 
-    record: the train step returns the routes that it took, as metrics["trace"].
+    record: the train step returns the routes that it took, as metrics["trace"]. minimised: its loss, see `steps.make_train_step`.
     """
 
     def __init__(
-        self, model: ModelConfig, optimizer: OptimizerConfig, objective: steps.Objective, mesh: Mesh | None = None, record: bool = False
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        objective: steps.Objective,
+        mesh: Mesh | None = None,
+        record: bool = False,
+        minimised: Callable[..., tuple] = steps.cross_entropy_of,
     ):
         self.model = Model(model, mesh)
         if "freeze_params" in objective.freeze:
@@ -40,7 +46,9 @@ class Program:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # what a host reads is on each
         placed = {} if mesh is None else {"out_shardings": (self.shardings, everywhere, everywhere)}
         # the state is donated: its buffers become the new state's, which saves the memory and, on a CPU, the page faults
-        self.train = self._jit("train", steps.make_train_step(self.model, self.plan, objective, record), donate_argnums=0, **placed)
+        self.train = self._jit(
+            "train", steps.make_train_step(self.model, self.plan, objective, record, minimised), donate_argnums=0, **placed
+        )
         self.evaluate_step = self._jit("evaluate", steps.make_evaluate_step(self.model), out_shardings=everywhere)
 
     def _jit(self, name: str, function: Callable, **options: Any) -> Callable:

@@ -101,9 +101,12 @@ def _of_hf(folder: Path) -> Saved:
 def _of_run(source: Path, step: int | None) -> Saved:
     folder, found, manifest = _intact(source, step)
     where = f"checkpoint step {found} in {folder}"
-    run = rebuild(RunConfig, manifest["config"], where)
+    run = (
+        rebuild(RunConfig, manifest["config"], where) if "data" in manifest["config"] else None
+    )  # reinforcement learning has a config of its own
+    config = run.model if run else rebuild(ModelConfig, manifest["config"]["model"], where)
     shapes = {path.removeprefix("params/"): tuple(shape) for path, (shape, _) in manifest["leaves"].items() if path.startswith("params/")}
-    wanted = {path: spec.shape for path, spec in paths.flatten(Model(run.model).specs).items()}
+    wanted = {path: spec.shape for path, spec in paths.flatten(Model(config).specs).items()}
     wrong = [path for path in sorted(wanted.keys() | shapes.keys()) if shapes.get(path) != wanted.get(path)]
     if wrong:
         raise CheckpointError(f"{where} does not have the parameters of its model in this code: {', '.join(wrong[:4])}")
@@ -116,7 +119,7 @@ def _of_run(source: Path, step: int | None) -> Saved:
         types = {path: spec.dtype for path, spec in paths.flatten(model.specs).items()}
         return model.place(paths.unflatten({path: np.asarray(leaf).astype(types[path]) for path, leaf in flat.items()}))
 
-    return Saved(run.model, f"{source.resolve().name}, trained for {found:,} updates", load, run, found)
+    return Saved(config, f"{source.resolve().name}, trained for {found:,} updates", load, run, found)
 
 
 def rebuild(kind: Any, value: Any, where: str) -> Any:

@@ -61,10 +61,22 @@ def init_state(model: Model, plan: Plan, seed: jax.Array | int) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, plan.transformation(model.mesh, model.rules).init(params))
 
 
-def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool = False) -> Callable:
+def cross_entropy_of(model: Model, params, micro, knobs: Knobs, draw: Draw, **how: Any) -> tuple[jax.Array, Sums, Any]:
+    """What supervised training minimises on a micro-batch, the mean cross-entropy over its tokens, or by their `weights`; metrics; the Output."""
+    total, metrics, out = model.loss(
+        params, micro["tokens"], micro["targets"], micro.get("weights"), noise=knobs.noise, draw=draw, train=True, **how
+    )
+    return total / metrics["loss"][1], metrics, out
+
+
+def make_train_step(
+    model: Model, plan: Plan, objective: Objective, record: bool = False, minimised: Callable[..., tuple] = cross_entropy_of
+) -> Callable:
     """step(state, batch, knobs) -> (state, metrics, flags).
 
-    batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches; perhaps a `replay`, cut into micro-batches.
+    batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches; perhaps a `replay`, cut into micro-batches, and `weights`
+    Float[A, B, S] of the tokens. minimised: the loss of a micro-batch, besides the routers'; see `cross_entropy_of`. What else a batch holds is its affair,
+    with a leading axis A: a `draw`, Int32[A, 2], is the noise's (step, number of the first row).
     metrics: (sum, count) pairs, "router/load" Float[L, E] and, to record, "trace": the RoutingTrace of the A*B rows. flags: Bool per parameter
     in path order, True where a gradient (or, in the last entry, the loss) is not finite; if any is, the returned state is the one that was given.
     """
@@ -74,20 +86,10 @@ def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool
         """before: assignments of each expert in this update's micro-batches so far [L, E], for the balance loss over the global batch."""
 
         def objective_of(params):
-            rows = micro["tokens"].shape[0]
-            draw = Draw(seed=knobs.noise_seed, step=step, phase="train", row_offset=index * rows)
-            total, metrics, out = model.loss(
-                params,
-                micro["tokens"],
-                micro["targets"],
-                noise=knobs.noise,
-                draw=draw,
-                train=True,
-                capture=("trace",) if record else (),
-                replay=micro.get("replay"),
-                freeze=objective.freeze,
-                balance_scope=objective.balance_scope,
-            )
+            at, first = micro["draw"] if "draw" in micro else (step, index * micro["tokens"].shape[0])
+            draw = Draw(seed=knobs.noise_seed, step=at, phase="train", row_offset=first)
+            how = {"replay": micro.get("replay"), "freeze": objective.freeze, "balance_scope": objective.balance_scope}
+            value, metrics, out = minimised(model, params, micro, knobs, draw, capture=("trace",) if record else (), **how)
             aux, counts = out.aux, None
             if out.balance is not None:
                 counts, scores = out.balance
@@ -96,7 +98,7 @@ def make_train_step(model: Model, plan: Plan, objective: Objective, record: bool
             found: dict[str, Any] = metrics | aux
             extra = {"router/load": out.load, "router/bias_load": out.bias_load, "trace": out.trace, "balance_counts": counts}
             found |= {name: value for name, value in extra.items() if value is not None}
-            return total / metrics["loss"][1] + objective.router_losses(aux, knobs), found
+            return value + objective.router_losses(aux, knobs), found
 
         return jax.grad(objective_of, has_aux=True)(params)
 
