@@ -6,7 +6,7 @@ from typing import Any
 from moe_jax.errors import ConfigError, nearest
 from moe_jax.studies.run import Experiment
 
-EXPERIMENTS = ("noise_factorial", "noise_sites", "replay_freeze", "qwen3_30b")
+EXPERIMENTS = ("noise_factorial", "noise_sites", "replay_freeze", "qwen3_30b", "e7b")
 
 
 def load(name: str) -> Experiment:

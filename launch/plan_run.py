@@ -20,6 +20,8 @@ from moe_jax.plan.costs import USUAL, best, fitted, preset_run
 from moe_jax.plan.plan import make_plan
 from moe_jax.plan.search import search, why
 from moe_jax.plan.topology import Topology, topology
+from moe_jax.rl.config import RLConfig
+from moe_jax.rl.planned import PolicyRun
 from moe_jax.studies.document import Heading, Table, to_html, to_text
 from moe_jax.train.run_config import RunConfig
 from moe_jax.train.sources import cache_root
@@ -68,7 +70,7 @@ def _of_study(request: Request) -> tuple[RunConfig, int]:
     """The run of a study with noise at the most sites, and how many runs it has."""
     from experiments.catalogue import load
 
-    configs = load(str(request.experiment)).configs()
+    configs = [PolicyRun.of(config) if isinstance(config, RLConfig) else config for config in load(str(request.experiment)).configs()]
     return max(configs, key=lambda config: report.noise_sites(config.noise)), len(configs)
 
 

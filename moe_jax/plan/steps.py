@@ -118,10 +118,10 @@ class _Shapes:
         self.model = self.program.model
 
     def train(self) -> Any:
-        data, state = self.config.data, jax.eval_shape(self.program.init, np.uint32(0))
+        state = jax.eval_shape(self.program.init, np.uint32(0))
         state = jax.tree.map(self._at, state, self.program.shardings)
-        tokens = self._tokens((data.accumulation, data.batch_size, data.seq_len), 1)
-        return self.program.train.lower(state, {"tokens": tokens, "targets": tokens}, self._knobs())
+        batch = jax.tree.map(lambda leaf: self._tokens(leaf.shape, 1, leaf.dtype), self.config.train_batch())
+        return self.program.train.lower(state, batch, self._knobs())
 
     def evaluate(self) -> Any:
         shape = (self.config.eval_batch, self.config.data.seq_len)
@@ -153,7 +153,9 @@ class _Shapes:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def _tokens(self, shape: tuple[int, ...], axis: int = 0, dtype: Any = jnp.int32) -> Any:
-        """Of a batch whose sequences `axis` counts."""
+        """Of a batch whose sequences `axis` counts; on every device what has no such axis."""
+        if axis >= len(shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
         layout: Any = self.model.layout(shape[axis])
         spec = PartitionSpec(*(None,) * axis, layout.rows or None)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))

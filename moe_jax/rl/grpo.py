@@ -51,6 +51,7 @@ def group_advantages(rewards: Float[Array, "G"], normalise: bool = True, eps: fl
 
     normalise=False leaves the deviation out (Dr. GRPO, arXiv 2503.20783). 0 for a group of equal rewards, and of one.
     """
+    rewards = rewards - rewards[:1]  # else the mean of equal numbers may not be that number, and the deviation is as small as that error
     centred = rewards - rewards.mean()
     return centred / (jnp.std(rewards, ddof=min(1, rewards.size - 1)) + eps) if normalise else centred
 

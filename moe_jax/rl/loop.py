@@ -199,7 +199,8 @@ class _Loop:
         counts = jax.vmap(functools.partial(grpo.count, reduction=config.policy.reduction))(self.batch["mask"][cut])
         batch["divisor"] = np.full(config.accumulation, max(1.0, float(counts.sum())) / config.accumulation, np.float32)
         at = step if config.shared_draws else step * config.mini_batches + part
-        batch["draw"] = np.array([(at, first + index * rows) for index in range(config.accumulation)], np.int32)
+        firsts = first + rows * np.arange(config.accumulation, dtype=np.int32)
+        batch["draw"] = np.full_like(firsts, at), firsts
         if not config.policy.importance_cap:
             del batch["sampler"]
         if config.replay:

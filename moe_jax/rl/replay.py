@@ -31,8 +31,11 @@ def replayed(trace: RoutingTrace, what: str) -> Replay:
 
 
 def mismatch(sampler: RoutingTrace, trainer: RoutingTrace, answered: Bool[Array, "B T"]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Over the positions whose output chose a token: route/changed_experts, the share of experts that the trainer did not use; route/changed_rows, of
-    (token, layer) pairs with another set; route/changed_tokens, of tokens with another set in any layer. As (sum, count)."""
+    """Over the positions whose output chose a token, as (sum, count).
+
+    route/changed_experts: the share of experts that the trainer did not use. route/changed_rows: of (token, layer) pairs with another set.
+    route/changed_tokens: of tokens with another set in any layer. route/growth: the changed experts of the last layer less those of the first.
+    """
     layers, experts = sampler.ids.shape[0], sampler.ids.shape[-1]
     each = [
         routing_stats.compare(a.reshape(-1, experts), b.reshape(-1, experts), valid=answered.reshape(-1))
@@ -49,4 +52,5 @@ def mismatch(sampler: RoutingTrace, trainer: RoutingTrace, answered: Bool[Array,
         "route/changed_experts": (rows - overlap, rows),
         "route/changed_rows": (changed, rows),
         "route/changed_tokens": (any_layer, tokens),
+        "route/growth": (each[0]["router/set_overlap"][0] - each[-1]["router/set_overlap"][0], each[0]["router/set_overlap"][1]),
     }

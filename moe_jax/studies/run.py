@@ -26,11 +26,21 @@ from moe_jax.studies.design import Design
 from moe_jax.studies.ledger import Ledger, Run
 from moe_jax.train.data import Data, build, load_corpus
 from moe_jax.train.lanes import Lanes
-from moe_jax.train.loop import RunConfig, provenance, run
+from moe_jax.train.loop import Result, RunConfig, provenance, run
 from moe_jax.train.program import Program
 from moe_jax.train.writers import Progress
 
 REFUSED = "NonFinite"  # begins the error of a run that would fail again in the same way
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """How a study's runs are done."""
+
+    run: Callable[..., Result] = run  # (config, program, data, folder, progress, stop)
+    data: Callable[["Workshop", Any], Any] = lambda shop, config: shop.data(config)  # has a `fingerprint`
+    series: tuple[str, ...] = ("train/loss", "eval/loss", "router/load_cv", "router/flips", "replay/set_overlap", "optimizer/gradient_norm")
+    lanes: bool = True  # whether several may go at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +49,16 @@ class Experiment:
 
     name: str  # experiment:preset
     design: Design
-    config: Callable[[Mapping[str, Any], int], RunConfig]  # (cell, seed) -> the run
+    config: Callable[[Mapping[str, Any], int], Any]  # (cell, seed) -> the run: a RunConfig, or what the runner takes
     cost: str  # measured or expected cost, in words
-    prepare: Callable[["Workshop", RunConfig], RunConfig] | None = (
-        None  # called before a run: makes what runs share, once, and says where it is
-    )
+    prepare: Callable[["Workshop", Any], Any] | None = None  # called before a run: makes what runs share, once, and says where it is
     # of a study that trains nothing: the metrics, and perhaps arrays, of a cell and seed. Nothing else of such a run's config happens
     measure: Callable[["Workshop", RunConfig, Mapping[str, Any], int], tuple[Mapping[str, float], Mapping[str, Any]]] | None = None
     pages: Callable[[Path], Sequence[Path]] | None = None  # writes what goes beside the report, from the ledger; says which files
     launch: Mapping[str, str] = dataclasses.field(default_factory=dict)  # machine, in words -> the command that runs the study there
+    runner: Runner = Runner()
 
-    def configs(self) -> list[RunConfig]:
+    def configs(self) -> list[Any]:
         return [self.config(cell, seed) for cell, seed in self.design.runs()]
 
 
@@ -78,6 +87,7 @@ def run_study(
     lanes: int = 1,
     mesh: Mesh | None = None,
     shared: Path | None = None,
+    only: Callable[[Mapping[str, Any], int], bool] = lambda cell, seed: True,
 ) -> Outcome:
     """Runs what is missing and appends each run to WORKDIR/ledger.jsonl as it ends.
 
@@ -87,16 +97,19 @@ def run_study(
     lanes: how many runs of equal structure go at a time, on as many devices as there are; what they share is prepared one after the other before. An
     error is raised when the runs beside it have ended. Raises ConfigError below 1, Unsupported for several processes.
     mesh: the devices that every run is divided over. shared: the folder of what `prepare` makes, where several studies share it; None: the workdir.
+    only: which (cell, seed) this call does.
     """
     if lanes < 1:
         raise ConfigError(f"lanes must be at least 1, got {lanes}")
+    if lanes > 1 and not experiment.runner.lanes:
+        raise Unsupported(f"the runs of {experiment.name} go one after the other; leave --lanes={lanes} out")
     if experiment.measure is not None:
         lanes = 1
         if jax.process_count() > 1:
             raise Unsupported(f"{experiment.name} measures in one process, and there are {jax.process_count()}; start it on one host")
     began = time.monotonic()
     ledger = on_all(lambda: Ledger.open(workdir, experiment.design))
-    waiting = todo(ledger, retry_failed)
+    waiting = [pair for pair in todo(ledger, retry_failed) if only(*pair)]
     shop = Workshop((shared or workdir).absolute(), stop, lanes, mesh, workdir.absolute())
     jobs = [_Job(cell, seed, experiment.config(cell, seed)) for cell, seed in waiting]
     failed, lock = 0, threading.Lock()
@@ -141,12 +154,12 @@ def _groups(jobs: list[_Job], size: int) -> list[list[_Job]]:
 def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, progress, stop) -> tuple[Run, Exception | None]:
     """The run's row, and the error to raise once the row is in the ledger."""
     began = time.monotonic()
-    data = shared.data(config)
+    data = experiment.runner.data(shared, config)
     where = provenance(config, data)
     try:
         if experiment.measure is not None:
             return _measured(experiment, cell, seed, config, shared, where, stop), None
-        result = run(config, program, data, folder, progress, stop)
+        result = experiment.runner.run(config, program, data, folder, progress, stop)
     except Stopped:
         raise
     except Exception as error:
@@ -155,8 +168,7 @@ def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, pr
         return row, None if isinstance(error, NonFinite) else error
     wanted = [metric.name for metric in experiment.design.metrics]
     metrics = {name: value for name, value in result.metrics.items() if name in wanted}
-    keep = ("train/loss", "eval/loss", "router/load_cv", "router/flips", "replay/set_overlap", "optimizer/gradient_norm")
-    series = {name: values for name, values in result.series.items() if name in keep}
+    series = {name: values for name, values in result.series.items() if name in experiment.runner.series}
     arrays = {"load": result.load} if result.load else {}
     return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where), None
 

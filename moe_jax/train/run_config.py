@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -107,6 +109,12 @@ class RunConfig:
         spec = self.spec(update)
         noise = self.model.resolve(spec) if spec.sites else None
         return Knobs(noise, jnp.uint32(self.noise_seed), jnp.float32(self.balance_weight), jnp.float32(self.z_weight))
+
+    def train_batch(self) -> dict[str, Any]:
+        """Shapes of what an update's program is given, [A, B, S], of whole batches."""
+        data = self.data
+        tokens = jax.ShapeDtypeStruct((data.accumulation, data.batch_size, data.seq_len), jnp.int32)
+        return {"tokens": tokens, "targets": tokens}
 
     def program(self, mesh: Mesh | None = None) -> Program:
         return Program(self.model, self.optimizer, self.objective, mesh, record=bool(self.record))

@@ -76,7 +76,7 @@ def make_train_step(
 
     batch: tokens and targets Int32[A, B, S]; gradients are averaged over the A micro-batches; perhaps a `replay`, cut into micro-batches, and `weights`
     Float[A, B, S] of the tokens. minimised: the loss of a micro-batch, besides the routers'; see `cross_entropy_of`. What else a batch holds is its affair,
-    with a leading axis A: a `draw`, Int32[A, 2], is the noise's (step, number of the first row).
+    with a leading axis A: a `draw` is the noise's (steps Int32[A], numbers of the first rows Int32[A]).
     metrics: (sum, count) pairs, "router/load" Float[L, E] and, to record, "trace": the RoutingTrace of the A*B rows. flags: Bool per parameter
     in path order, True where a gradient (or, in the last entry, the loss) is not finite; if any is, the returned state is the one that was given.
     """

@@ -1,0 +1,437 @@
+"""The matrix that study 004 proposed and never ran: reinforcement learning under 5 % operator error, each remedy beside the run without it, paired by seed.
+
+A 30B mixture fell from 79 % to 34 % on GSM8K in one such run; no clean run stood beside it, and none of the five remedies had been tried. Here every arm begins
+with the same warm policy of its seed and takes the same problems; a dense twin of equal active size shows what is the mixture's own. Presets: `mini` for two
+cores, `smollm2` for one GPU, `qwen3_30b` with the recipe of that run for a pod. experiments/e7b_verdicts.py reads the claims off the contrasts declared here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import e7b_verdicts
+from experiments.qwen3_30b import RECIPE, WEIGHTS_BASE
+from moe_jax.config_tools import config_dict
+from moe_jax.errors import ConfigError, nearest
+from moe_jax.model import ModelConfig
+from moe_jax.model.config import DTypePolicy
+from moe_jax.optim.plan import OptimizerConfig
+from moe_jax.rl import loop
+from moe_jax.rl.config import RLConfig
+from moe_jax.rl.grpo import Policy
+from moe_jax.rl.warmup import Stage, WarmUp, warm_up
+from moe_jax.studies import Comparison, Design, Factor, Metric, difference
+from moe_jax.studies.design import cell_key
+from moe_jax.studies.run import Experiment, Runner, Workshop
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.run_folder import RunFolder
+from moe_jax.train.step import Objective
+from moe_jax.train.writers import Progress
+
+_S = RECIPE.noise_scale
+_ALL = f"matmuls=relative:{_S}"
+_NONE = "matmuls=relative:0"  # a scale of 0 keeps a site in the program, so that the arms that differ in scales alone share one
+_AQN = "qerl_code:5e-2:5e-4:10:targets=norm_moe"  # the values of the authors' 30B script, on the norm that they chose
+# arm -> what of the run differs
+MOE_ARMS: Mapping[str, Mapping[str, Any]] = {
+    "clean": {"noise": _NONE},
+    "as run": {"noise": "e7b_as_run"},
+    "as described": {"noise": _ALL},
+    "router only": {"noise": f"{_NONE},router_gemm=relative:{_S}"},
+    "experts only": {"noise": f"{_NONE},experts=relative:{_S}"},
+    "attention only": {"noise": f"{_NONE},attention=relative:{_S}"},
+    "lm_head only": {"noise": f"{_NONE},lm_head=relative:{_S}"},
+    "freeze": {"noise": _ALL, "objective": Objective(freeze=("freeze_params",))},
+    "replay self": {"noise": _ALL, "replay": "self"},
+    "replay rollout": {"noise": _ALL, "replay": "rollout"},
+    "replay reference": {"noise": _ALL, "replay": "reference"},
+    "router 1 %": {"noise": f"{_ALL},router_gemm=relative:0.01"},
+    "router left out": {"noise": f"{_ALL},router_gemm=relative:0"},
+    "AQN both": {"noise": _ALL, "aqn": _AQN},
+    "AQN experts": {"noise": _ALL, "aqn": f"{_AQN}:reach=experts"},
+}
+_NO_ROUTER = f"attention=relative:{_S}:passes=forward:phases=rollout+eval,lm_head=relative:{_S}:passes=forward"  # of e7b_as_run
+DENSE_ARMS: Mapping[str, Mapping[str, Any]] = {
+    "clean": MOE_ARMS["clean"],
+    "as run": {"noise": _NO_ROUTER},
+    "as described": MOE_ARMS["as described"],
+    "experts only": {"noise": f"{_NONE},mlp=relative:{_S}"},
+    "attention only": MOE_ARMS["attention only"],
+    "lm_head only": MOE_ARMS["lm_head only"],
+    "AQN both": MOE_ARMS["AQN both"],
+}
+ARMS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"moe": MOE_ARMS, "dense": DENSE_ARMS}
+MAIN = ("clean", "as run", "as described", "freeze", "replay reference", "router left out")  # what the claims turn on
+
+QUESTION = "What does 5 % operator error do to reinforcement learning of a mixture of experts, is its router the weak point, and which remedy helps?"
+RULE = (
+    "The headline is accuracy on held-out problems, sampled at temperature 1, with the arm's own noise on, after the last step. Every claim of "
+    "study 004 has one contrast, paired by seed; the table of verdicts names it. A claim that something takes away most of the damage is put as: "
+    "what it takes away, less half of the damage. CONFIRMED: the contrast is resolved (Holm-adjusted p below alpha in its family) on the side that "
+    "the claim says. REFUTED: it is resolved on the other side. A claim that names a size is confirmed when its interval lies at or above the size "
+    "and refuted when it lies below; that one thing is as good as another, confirmed when the interval lies above -2 points and refuted when it "
+    "lies below; that something does harm, refuted when the interval lies above -2 points. All else is UNRESOLVED, with the smallest effect that "
+    "this design could have seen."
+)
+_POINTS = {"unit": "", "better": "higher", "decimals": 3}
+NOISY = Metric(
+    "sampled_noisy",
+    "Accuracy, noise on",
+    **_POINTS,
+    definition="Share of held-out problems answered right, at temperature 1, with the noise that the arm has in evaluation.",
+)
+CLEAN = Metric(
+    "sampled", "Accuracy, noise off", **_POINTS, definition="The same without any noise: what the noise in training left behind."
+)
+METRICS: tuple[Metric, ...] = (
+    NOISY,
+    CLEAN,
+    Metric("greedy_noisy", "Greedy, noise on", **_POINTS, definition="The likeliest answer instead of a sampled one."),
+    Metric("greedy", "Greedy, noise off", **_POINTS, definition="The same without noise."),
+    Metric(
+        "policy_entropy_before",
+        "Policy entropy",
+        "nats",
+        "",
+        4,
+        "Of the next-token distribution over sampled tokens, before the updates. Study 004 took it for the router's.",
+    ),
+    Metric(
+        "router_entropy",
+        "Router entropy",
+        "nats",
+        "",
+        4,
+        "Of the softmax over experts, mean over layers and sampled tokens; 0 for a dense model.",
+    ),
+    Metric("optimizer_gradient_norm", "Gradient norm", "", "", 3, "Global, before clipping, mean over updates."),
+    Metric("answers_length", "Answer length", "tokens", "", 2, "Of sampled answers, the end token included."),
+    Metric(
+        "sampler_kl",
+        "Sampler KL",
+        "nats",
+        "lower",
+        5,
+        "k3 of the trainer's log-probabilities before the updates to the sampler's, per sampled token.",
+    ),
+    Metric(
+        "sampler_extreme",
+        "Extreme tokens",
+        "",
+        "lower",
+        5,
+        "Share of sampled tokens whose probability in trainer and sampler differs by more than a factor e.",
+    ),
+    Metric(
+        "route_changed_experts",
+        "Changed experts",
+        "",
+        "lower",
+        4,
+        "Share of the experts that the sampler used and the trainer's pass before the updates did not; 0 for a dense model.",
+    ),
+    Metric("route_growth", "Growth of changes", "", "lower", 4, "Changed experts in the last layer that routes less those in the first."),
+    Metric("policy_clip_fraction", "Clip fraction", "", "lower", 4, "Share of tokens whose ratio the clipping decided."),
+)
+SERIES = (
+    *(
+        "eval/sampled_noisy",
+        "eval/sampled",
+        "eval/greedy",
+        "reward/mean",
+        "policy/entropy_before",
+        "router/entropy",
+        "optimizer/gradient_norm",
+        "answers/length",
+    ),
+    *("sampler/kl", "route/changed_experts", "policy/clip_fraction"),
+)
+NOTES = (
+    "Noise is y (1 + 0.05 n) on the result of a matmul. 'As described' and the arms of one operator have it forward and in both backward passes, in "
+    "sampling, in the pass before the updates, in the updates and in evaluation. 'As run' is what that run's code did: attention and router while "
+    "sampling and evaluating, the head in every forward pass, nothing backward, no experts.",
+    "Clean has no noise anywhere. 'Router 1 %' has 5 % everywhere else, 'router left out' too; both save in use as well as in training.",
+    "Replayed are: 'self', the trainer's own routes of the pass before the updates; 'rollout', the sampler's, in that pass and in the updates; "
+    "'reference', those of the warm policy without noise over the sampled tokens, in both. Sampling and evaluation route live, so a replay cannot "
+    "save what noise costs in use.",
+    "AQN perturbs the scale of the norm before the experts while sampling; 'both' is what the 30B port did (the router reads that norm too), "
+    "'experts' what its authors meant by sparing the router. Sigma is 0 in the first tenth of the steps and falls from 0.05 to 0.0005.",
+    "The dense twin has the mixture's active width, so a quarter of its feed-forward parameters, and a longer warm-up, so that both begin about "
+    "equally good. 'Experts only' is its feed-forward there.",
+    "Every arm of a seed begins with the same warm policy, trained without noise on worked answers and then on imperfect ones, and meets the same "
+    "problems.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A preset: models by name, how they are warmed up, and the run of a clean arm."""
+
+    models: Mapping[str, ModelConfig]
+    run: RLConfig
+    seeds: tuple[int, ...]
+    stages: Mapping[str, tuple[Stage, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # of each model; none: the run begins with `run.start`
+    batch_size: int = 128
+    cost: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _adamw(
+    rate: float, updates: int, schedule: str = "warmup_linear", warmup: int = 50, betas: tuple[float, float] = (0.9, 0.98)
+) -> OptimizerConfig:
+    settings = {"schedule": schedule, "warmup": min(warmup, updates // 4), "total": updates, "floor": 0.1, "betas": betas}
+    return OptimizerConfig(variant="moonlight", matrices="adamw", router="adamw", adamw_learning_rate=rate, weight_decay=0.01, **settings)
+
+
+def _mini(**changes: Any) -> ModelConfig:
+    sizes = {"vocab_size": 18, "d_model": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 28, "num_experts": 8, "experts_per_token": 2}
+    return ModelConfig(**{**sizes, "d_expert": 32, "d_ff": 64, "init_std": 0.1, **changes})
+
+
+def _recipe() -> RLConfig:
+    """The 30B run as it was, origins B5; its answers were sampled by another program, here by the model itself."""
+    r = RECIPE
+    model = ModelConfig.preset("qwen3_30b_a3b", remat="full", loss_chunk_size=512, dtypes=DTypePolicy("float32", "bfloat16"))
+    policy = Policy(clip_low=r.clip_low, clip_high=r.clip_high, dual_clip=r.dual_clip)
+    return RLConfig(
+        model=model,
+        task="gsm8k:data/gsm8k",
+        tokenizer=f"{WEIGHTS_BASE}/tokenizer.json",
+        optimizer=r.optimizer(),
+        policy=policy,
+        steps=r.steps,
+        prompts=r.prompts,
+        samples=r.samples,
+        mini_batches=r.prompts // r.prompts_per_update,
+        accumulation=8,
+        prompt_tokens=r.prompt_tokens,
+        response_tokens=r.response_tokens,
+        temperature=r.temperature,
+        top_p=r.top_p,
+        overlong_from=r.overlong_from,
+        start=WEIGHTS_BASE,
+        eval_problems=1319,
+        eval_temperature=r.test_temperature,
+        eval_top_p=r.test_top_p,
+        eval_every=r.test_every,
+        checkpoint_every=r.prompts // r.prompts_per_update * r.test_every,
+    )
+
+
+_SMOLLM2 = ModelConfig(
+    **{
+        "vocab_size": 49_152,
+        "d_model": 576,
+        "num_layers": 30,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "max_seq_len": 512,
+        "num_experts": 0,
+        "d_expert": 768,
+    },
+    **{"d_ff": 1536, "rope_theta": 100_000.0, "norm_eps": 1e-5, "remat": "dots", "dtypes": DTypePolicy("float32", "bfloat16")},
+)
+_CHOSEN = (
+    "Learning rates, the lengths of both stages of the warm-up and of the run were chosen on seed 0 and on other problems (the split `tune`) than "
+    "those reported."
+)
+_RUN = RLConfig(
+    model=_mini(),
+    optimizer=_adamw(5e-4, 160, "warmup_constant", 5, (0.9, 0.95)),
+    steps=60,
+    prompts=32,
+    samples=8,
+    mini_batches=2,
+    eval_samples=3,
+)
+SIZES: Mapping[str, Size] = {
+    "smoke": Size(
+        {"moe": _mini(d_model=16, num_experts=4, d_expert=8, d_ff=16), "dense": _mini(d_model=16, num_experts=0, d_ff=16)},
+        dataclasses.replace(
+            _RUN,
+            model=_mini(d_model=16, num_experts=4, d_expert=8, d_ff=16),
+            steps=10,
+            prompts=4,
+            samples=4,
+            eval_problems=16,
+            eval_every=5,
+        ),
+        (1, 2),
+        {model: (Stage(_adamw(5e-3, 20), 20),) for model in ("moe", "dense")},
+        16,
+        "minutes on two CPU cores, nearly all of it compilation",
+        ("The policy is hardly warmed up: no number here says anything about noise.",),
+    ),
+    "mini": Size(
+        {"moe": _mini(), "dense": _mini(num_experts=0)},
+        _RUN,
+        (1, 2, 3, 4, 5),
+        {
+            model: (Stage(_adamw(5e-3, updates), updates), Stage(_adamw(3e-3, 200), 200, imperfect=True))
+            for model, updates in (("moe", 900), ("dense", 2000))
+        },
+        cost="about an hour and a half on two CPU cores, the ten warm policies included",
+        notes=(_CHOSEN, "Two layers and eight experts: whatever 48 layers do to errors, two cannot show."),
+    ),
+    "smollm2": Size(
+        {"moe": _SMOLLM2.replace(num_experts=4, experts_per_token=2), "dense": _SMOLLM2},
+        dataclasses.replace(
+            _RUN,
+            model=_SMOLLM2.replace(num_experts=4, experts_per_token=2),
+            task="gsm8k:data/gsm8k",
+            tokenizer="smollm2",
+            optimizer=_adamw(1e-6, 232, "warmup_constant", 10, (0.9, 0.999)),
+            policy=_recipe().policy,
+            prompts=64,
+            mini_batches=4,
+            accumulation=4,
+            prompt_tokens=256,
+            response_tokens=256,
+            eval_problems=1024,
+            checkpoint_every=40,
+        ),
+        (1, 2, 3),
+        {model: (Stage(_adamw(2e-5, 700), 700),) for model in ("moe", "dense")},
+        32,
+        "not measured; by FLOPs (2e17 a run of answers of 200 tokens) a quarter of an hour a run on one H100 at 20 % of its peak, 66 runs",
+        ("Warmed up on GSM8K's own worked answers, three times over; learning rates are not tuned.",),
+    ),
+    "qwen3_30b": Size(
+        {"moe": _recipe().model},
+        _recipe(),
+        (1, 2, 3),
+        cost="45 runs; one took the authors 8 hours of 8 H100 clean and 13 noisy; not measured here",
+    ),
+}
+PRESETS = tuple(SIZES)
+
+
+def experiment(preset: str = "mini") -> Experiment:
+    """The declared study. Raises ConfigError for an unknown preset."""
+    if preset not in SIZES:
+        raise ConfigError(f"e7b has no preset {preset!r}{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+    size = SIZES[preset]
+    return Experiment(
+        f"e7b:{preset}",
+        _design(preset, size),
+        functools.partial(configure, size),
+        size.cost,
+        functools.partial(prepare, size),
+        pages=e7b_verdicts.write,
+        runner=Runner(loop.run, problems, SERIES, lanes=False),
+    )
+
+
+def problems(shop: Workshop, config: RLConfig) -> Any:
+    """The task of a run, made once."""
+    return shop.once(("task", config.task, config.tokenizer, config.parse), config.load_task)
+
+
+def configure(size: Size, cell: Mapping[str, Any], seed: int) -> RLConfig:
+    """The run of one model, arm and seed, with the name of a folder where `prepare` puts a path."""
+    model = size.models[cell["model"]]
+    seeds = {"init_seed": seed, "data_seed": seed, "sample_seed": seed, "noise_seed": seed}
+    start = size.run.start or f"warm/{cell['model']}"
+    return dataclasses.replace(size.run, model=model, start=start, **seeds, **ARMS[cell["model"]][cell["arm"]])
+
+
+def prepare(size: Size, shop: Workshop, config: RLConfig) -> RLConfig:
+    """The run with the warm policy of its model and seed, trained where it is not there yet."""
+    if not size.stages:
+        if not Path(config.start).is_dir():
+            raise ConfigError(f"no folder {config.start}: put the published checkpoint there (config.json, tokenizer.json, *.safetensors)")
+        return config
+    warm = WarmUp(config.model, size.stages[config.start.split("/")[1]], config.task, size.batch_size, config.length, seed=config.init_seed)
+    home, task = shop.folder / config.start / f"seed-{config.init_seed}", problems(shop, config)
+    if Checkpoints(home / "checkpoints", warm, task.fingerprint).latest() != warm.updates:
+        with RunFolder(home), Progress(warm.updates, label=f"{config.start}, seed {config.init_seed}") as progress:
+            warm_up(warm, task, home, progress, shop.stop, shop.mesh)
+    return dataclasses.replace(config, start=str(home))
+
+
+def _design(preset: str, size: Size) -> Design:
+    varied = ("noise", "aqn", "replay", "start", "init_seed", "data_seed", "sample_seed", "noise_seed", "model", "objective")
+    fixed = {name: value for name, value in config_dict(size.run).items() if name not in varied}
+    cells = [{"model": model, "arm": arm} for model in size.models for arm in ARMS[model]]
+    return Design(
+        name=f"e7b:{preset}",
+        question=QUESTION,
+        factors=(Factor("model", tuple(size.models)), Factor("arm", tuple(MOE_ARMS))),
+        seeds=size.seeds,
+        metrics=METRICS,
+        comparisons=(*_claims("dense" in size.models), *_damage(size.models), *_remedies(), *_mismatch()),
+        rule=RULE,
+        settings={"split": "clean", "models": size.models, "arms": ARMS, "warm_up": size.stages, "warm_up_batch": size.batch_size, **fixed},
+        only=tuple(cell_key(cell) for cell in cells),
+        notes=(*size.notes, *NOTES),
+    )
+
+
+def _cell(model: str, arm: str) -> dict[str, str]:
+    return {"model": model, "arm": arm}
+
+
+def _less_half(arm: str) -> Comparison:
+    """What an arm takes away of the damage, less half of it."""
+    terms = ((1.0, arm), (-0.5, "as described"), (-0.5, "clean"))
+    name, question = e7b_verdicts.half_name(arm), f"Does '{arm}' take away more than half of what noise on every matmul costs?"
+    return Comparison(
+        name, question, NOISY.name, tuple((weight, cell_key(_cell("moe", cell))) for weight, cell in terms), "half of the damage"
+    )
+
+
+def _claims(dense: bool) -> list[Comparison]:
+    changed, growth = "route_changed_experts", "route_growth"
+    asked = "How many of the sampler's experts does noise in its router and attention change, beside the trainer's clean pass?"
+    found = [_less_half(arm) for arm in ("router left out", "freeze", "replay reference", "router 1 %")]
+    found += [
+        difference(e7b_verdicts.CHANGED, changed, _cell("moe", "as run"), _cell("moe", "clean"), asked, "routes"),
+        difference(
+            e7b_verdicts.GROWTH, growth, _cell("moe", "as run"), _cell("moe", "clean"), "Do more routes change in later layers?", "routes"
+        ),
+    ]
+    if dense:
+        terms = ((1.0, "moe", "router left out"), (-1.0, "moe", "clean"), (-1.0, "dense", "as described"), (1.0, "dense", "clean"))
+        question = "Does a mixture whose router is spared lose as little to noise as its dense twin?"
+        cells = tuple((weight, cell_key(_cell(model, arm))) for weight, model, arm in terms)
+        found.append(Comparison(e7b_verdicts.DENSE_LEVEL, question, NOISY.name, cells, "mixture and twin"))
+        terms = ((1.0, "moe", "as described"), (-1.0, "moe", "clean"), (-1.0, "dense", "as described"), (1.0, "dense", "clean"))
+        cells = tuple((weight, cell_key(_cell(model, arm))) for weight, model, arm in terms)
+        question = "Does noise on every matmul cost a mixture more than its dense twin?"
+        found.append(Comparison("damage of the mixture less that of the twin", question, NOISY.name, cells, "mixture and twin"))
+    return found
+
+
+def _against(model: str, arm: str, other: str, metric: Metric, question: str, family: str) -> Comparison:
+    name = e7b_verdicts.against_name(model, arm, other, metric.label)
+    return difference(name, metric.name, _cell(model, arm), _cell(model, other), question, f"{family}, {metric.label}")
+
+
+def _damage(models: Sequence[str] | Mapping[str, Any]) -> list[Comparison]:
+    asked = "What does this noise cost, in training and use together (noise on), and what does it leave behind (noise off)?"
+    noisy = ("as run", "as described", "router only", "experts only", "attention only", "lm_head only")
+    return [
+        _against(model, arm, "clean", metric, asked, f"damage, {model}")
+        for metric in (NOISY, CLEAN)
+        for model in models
+        for arm in noisy
+        if arm in ARMS[model]
+    ]
+
+
+def _remedies() -> list[Comparison]:
+    arms = [arm for arm in MOE_ARMS if arm.startswith(("freeze", "replay", "AQN", "router 1", "router left"))]
+    asked = "Is this better than the same noise without a remedy?"
+    return [_against("moe", arm, "as described", metric, asked, "remedy") for metric in (NOISY, CLEAN) for arm in arms]
+
+
+def _mismatch() -> list[Comparison]:
+    asked = "How far are sampler and trainer from each other?"
+    pairs = (("as run", "clean"), ("as described", "clean"), ("replay rollout", "as described"), ("freeze", "as described"))
+    by_name = {metric.name: metric for metric in METRICS}
+    wanted = (by_name["sampler_kl"], by_name["route_changed_experts"], by_name["optimizer_gradient_norm"])
+    return [_against("moe", arm, other, metric, asked, "mismatch") for metric in wanted for arm, other in pairs]

@@ -1,0 +1,43 @@
+"""A run of reinforcement learning as a plan sees it: the update's real step, and sampling, as runs of the shapes that they have."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.rl.config import RLConfig
+from moe_jax.rl.program import RLProgram
+from moe_jax.train.data import DataConfig
+from moe_jax.train.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyRun(RunConfig):
+    """What moe_jax.plan compiles of an RLConfig: its train step is the policy's update, its batch the answers of one micro-batch after the other."""
+
+    rl: RLConfig = RLConfig()
+
+    @classmethod
+    def of(cls, rl: RLConfig) -> "PolicyRun":
+        """The run of an RLConfig. AQN, which acts in sampling alone, is left out."""
+        tokenizer = rl.tokenizer or "bytes"
+        data = DataConfig("synthetic", tokenizer, seq_len=rl.length, batch_size=rl.rows, accumulation=rl.accumulation)
+        shared = {name: getattr(rl, name) for name in ("model", "optimizer", "objective", "updates", "start", "balance_weight", "z_weight")}
+        return cls(**shared, data=data, noise=rl.noise, eval_batch=rl.rows, rl=rl)
+
+    def program(self, mesh: Mesh | None = None) -> RLProgram:
+        rl = self.rl
+        return RLProgram(self.model, self.optimizer, self.objective, rl.policy, rl.response_tokens, rl.shared_draws, mesh)
+
+    def train_batch(self) -> dict[str, Any]:
+        data = self.data
+        parts, rows = (data.accumulation,), (data.accumulation, data.batch_size)
+        each = jax.ShapeDtypeStruct((*rows, data.seq_len), jnp.float32)
+        count = jax.ShapeDtypeStruct(parts, jnp.int32)
+        batch: dict[str, Any] = {"tokens": jax.ShapeDtypeStruct(each.shape, jnp.int32), "mask": each, "old": each}
+        batch |= {"sampler": each} if self.rl.policy.importance_cap else {}
+        batch |= {"reference": each} if self.rl.policy.kl_weight else {}
+        divisor = jax.ShapeDtypeStruct(parts, jnp.float32)
+        return batch | {"advantage": jax.ShapeDtypeStruct(rows, jnp.float32), "divisor": divisor, "draw": (count, count)}
