@@ -6,6 +6,7 @@ from moe_jax.errors import DataError
 from moe_jax.model import Model
 from moe_jax.optim.plan import plan
 from moe_jax.plan.costs import describe as describe_costs
+from moe_jax.rl.config import RLConfig
 from moe_jax.studies.run import Experiment
 from moe_jax.train.data import describe
 from moe_jax.train.loop import RunConfig
@@ -19,6 +20,8 @@ def preview(experiment: Experiment) -> str:
     """The study in words and numbers; every structure that differs from the first run's is listed too."""
     configs = experiment.configs()
     first = configs[0]
+    if isinstance(first, RLConfig):
+        return _rl_preview(experiment, configs)
     model = Model(first.model)
     trains = experiment.measure is None
     lines = [
@@ -39,6 +42,38 @@ def preview(experiment: Experiment) -> str:
         *_launch(experiment),
     ]
     return "\n".join(lines)
+
+
+def _rl_preview(experiment: Experiment, configs: list[RLConfig]) -> str:
+    """A study of reinforcement learning."""
+    first = configs[0]
+    lines = [
+        f"study       {experiment.name}: {experiment.design.question}",
+        f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
+        f"rule        {experiment.design.rule}",
+        "",
+        f"task        {first.task}; prompts up to {first.prompt_tokens} tokens, answers up to {first.response_tokens}",
+        f"training    {first.steps} steps of {first.prompts} problems x {first.samples} answers, {first.mini_batches} updates each of "
+        f"{first.accumulation} x {first.rows} answers",
+        f"evaluation  {first.eval_problems} problems of {first.eval_split}, greedy and {first.eval_samples} times sampled, noise off and on, every "
+        f"{first.eval_every} steps",
+    ]
+    flops = 0.0
+    for shape in dict.fromkeys(config.model for config in configs):
+        model, runs = Model(shape), [config for config in configs if config.model == shape]
+        tokens = sum(config.steps * config.answers * config.length for config in runs)
+        flops += 2.0 * model.active_parameter_count() * tokens * 5  # sampling, a pass before the updates, an update
+        lines += [
+            "",
+            f"model       {model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token, {len(runs)} runs",
+        ]
+        lines += [plan(model.specs, runs[0].optimizer).table()]
+    lines += [
+        "",
+        f"cost        {experiment.cost}",
+        f"            at most {flops:.2e} FLOPs of matmuls, if every answer took all its tokens",
+    ]
+    return "\n".join([*lines, *_launch(experiment)])
 
 
 def _programs(configs: list[RunConfig]) -> list[str]:
