@@ -175,6 +175,7 @@ class Size:
     stages: Mapping[str, tuple[Stage, ...]] = dataclasses.field(
         default_factory=dict
     )  # of each model; none: the run begins with `run.start`
+    begin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what the warm-up of each model begins with; none: fresh parameters
     batch_size: int = 128
     cost: str = ""
     notes: tuple[str, ...] = ()
@@ -229,9 +230,11 @@ _SMOLLM2 = ModelConfig(
         "num_layers": 30,
         "num_heads": 9,
         "num_kv_heads": 3,
+        "head_dim": 64,
         "max_seq_len": 512,
         "num_experts": 0,
-        "d_expert": 768,
+        "experts_per_token": 1,
+        "d_expert": 1536,
     },
     **{"d_ff": 1536, "rope_theta": 100_000.0, "norm_eps": 1e-5, "remat": "dots", "dtypes": DTypePolicy("float32", "bfloat16")},
 )
@@ -262,9 +265,9 @@ SIZES: Mapping[str, Size] = {
         ),
         (1, 2),
         {model: (Stage(_adamw(5e-3, 20), 20),) for model in ("moe", "dense")},
-        16,
-        "minutes on two CPU cores, nearly all of it compilation",
-        ("The policy is hardly warmed up: no number here says anything about noise.",),
+        batch_size=16,
+        cost="minutes on two CPU cores, nearly all of it compilation",
+        notes=("The policy is hardly warmed up: no number here says anything about noise.",),
     ),
     "mini": Size(
         {"moe": _mini(), "dense": _mini(num_experts=0)},
@@ -296,9 +299,16 @@ SIZES: Mapping[str, Size] = {
         ),
         (1, 2, 3),
         {model: (Stage(_adamw(2e-5, 700), 700),) for model in ("moe", "dense")},
-        32,
-        "not measured; by FLOPs (2e17 a run of answers of 200 tokens) a quarter of an hour a run on one H100 at 20 % of its peak, 66 runs",
-        ("Warmed up on GSM8K's own worked answers, three times over; learning rates are not tuned.",),
+        {
+            "moe": "models/smollm2_4x",
+            "dense": "smollm2_135m",
+        },  # launch.convert --from=smollm2_135m --upcycle_experts=4 --experts_per_token=2
+        batch_size=32,
+        cost="not measured; by FLOPs (2e17 a run of answers of 200 tokens) a quarter of an hour a run on one H100 at 20 % of its peak, 66 runs",
+        notes=(
+            "Warmed up on GSM8K's own worked answers, three times over; learning rates are not tuned.",
+            "An upcycled expert is the whole feed-forward of the dense model, so the mixture's active width is twice its twin's.",
+        ),
     ),
     "qwen3_30b": Size(
         {"moe": _recipe().model},
@@ -345,7 +355,9 @@ def prepare(size: Size, shop: Workshop, config: RLConfig) -> RLConfig:
         if not Path(config.start).is_dir():
             raise ConfigError(f"no folder {config.start}: put the published checkpoint there (config.json, tokenizer.json, *.safetensors)")
         return config
-    warm = WarmUp(config.model, size.stages[config.start.split("/")[1]], config.task, size.batch_size, config.length, seed=config.init_seed)
+    name = config.start.split("/")[1]
+    begin = size.begin.get(name, "")
+    warm = WarmUp(config.model, size.stages[name], config.task, size.batch_size, config.length, seed=config.init_seed, start=begin)
     home, task = shop.folder / config.start / f"seed-{config.init_seed}", problems(shop, config)
     if Checkpoints(home / "checkpoints", warm, task.fingerprint).latest() != warm.updates:
         with RunFolder(home), Progress(warm.updates, label=f"{config.start}, seed {config.init_seed}") as progress:

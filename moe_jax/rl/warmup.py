@@ -18,6 +18,7 @@ from moe_jax.optim.plan import OptimizerConfig
 from moe_jax.rl.program import following
 from moe_jax.rl.tasks import Task
 from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.loop import start_parameters
 from moe_jax.train.program import Program
 from moe_jax.train.state import Knobs
 from moe_jax.train.step import Objective
@@ -44,6 +45,7 @@ class WarmUp:
     length: int = 28  # T; of longer demonstrations the end is cut off
     balance_weight: float = 0.01
     seed: int = 0  # of parameters, problems and demonstrations
+    start: str = ""  # what the first stage begins with, as `load_model` finds it; "": fresh parameters
 
     def __post_init__(self):
         if not self.stages or min(self.batch_size, self.length, *(stage.updates for stage in self.stages)) < 1:
@@ -68,6 +70,8 @@ def warm_up(
     """
     checkpoints = Checkpoints(folder / "checkpoints", config, task.fingerprint, keep=1)
     done, params = 0, None
+    if config.start and checkpoints.latest() is None:
+        params = start_parameters(config.start, Program(config.model, config.stages[0].optimizer, Objective(), mesh))
     for stage in config.stages:
         program = Program(config.model, stage.optimizer, Objective(), mesh)
         state = program.init(jnp.uint32(config.seed))

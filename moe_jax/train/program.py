@@ -101,8 +101,7 @@ class Program:
             shape = (*array.shape[:axis], sequences, *array.shape[axis + 1 :])
             return jax.make_array_from_process_local_data(NamedSharding(layout.mesh, spec), array, shape)
 
-        later = ("replay", "draw")  # behind the layers; a draw of the noise has no such axis, and lies on every device
-        return {name: jax.tree.map(lambda x, at=axis + (name in later): put(np.asarray(x), at), value) for name, value in batch.items()}
+        return {name: jax.tree.map(lambda x, at=axis + (name == "replay"): put(np.asarray(x), at), value) for name, value in batch.items()}
 
     def put(self, params: dict[str, Any]) -> dict[str, Any]:
         """Parameters of the model, on the devices that this program runs on: where the model has them."""

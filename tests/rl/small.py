@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     dispatch="dense",
 )
 OPTIMIZER = OptimizerConfig(
-    matrices="adamw", router="adamw", adamw_learning_rate=0.01, weight_decay=0.0, schedule="warmup_constant", warmup=1, total=100
+    matrices="adamw", router="adamw", adamw_learning_rate=0.01, weight_decay=0.0, schedule="warmup_constant", warmup=0, total=100
 )
 CONFIG = RLConfig(
     model=MODEL,

@@ -154,17 +154,17 @@ def test_metrics_count_the_tokens_of_answers():
 LINEAR = dataclasses.replace(OPTIMIZER, eps=1e3, adamw_learning_rate=10.0, clip_norm=None, betas=(0.0, 0.0))  # moves by gradient / 100
 
 
-def updated(policy: Policy, parts: int, mesh=None):
+def updated(policy: Policy, parts: int, mesh=None, noise: NoiseSpec | None = NOISE):
     """(how far each parameter moved, its metrics) after one update on the same six answers, in so many parts."""
     program = RLProgram(MODEL, LINEAR, CONFIG.objective, policy, 6, mesh=mesh)
     micro = drawn()
     divisor = micro["mask"].sum() if policy.reduction == "token_mean" else micro["mask"].any(-1).sum()
     batch = {name: value.reshape(parts, ROWS // parts, *value.shape[1:]) for name, value in micro.items() if name != "divisor"}
     batch["divisor"] = np.full(parts, divisor / parts, np.float32)
-    batch["draw"] = np.array([(1, index * ROWS // parts) for index in range(parts)], np.int32)
+    batch["draw"] = np.full(parts, 1, np.int32), np.arange(0, ROWS, ROWS // parts, dtype=np.int32)
     state = program.init(jnp.uint32(1))
     before = jax.device_get(state.params)
-    knobs = Knobs(MODEL.resolve(NOISE), jnp.uint32(0), jnp.float32(0), jnp.float32(0))
+    knobs = Knobs(None if noise is None else MODEL.resolve(noise), jnp.uint32(0), jnp.float32(0), jnp.float32(0))
     state, metrics, flags = program.train(state, program.place(batch, ROWS // parts, 1), knobs)
     assert not np.asarray(flags).any()
     moved = jax.tree.map(lambda a, b: a - b, jax.device_get(state.params), before)
@@ -175,8 +175,8 @@ def assert_same_update(one, other):
     (moved, metrics), (also, said) = one, other
     for path, value in moved.items():
         scale = np.abs(value).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(also[path] / scale, value / scale, atol=2e-3, err_msg=path)  # a difference of parameters of up to 1: 1e-7 of 1e-3
+        assert scale > 2e-4, path
+        np.testing.assert_allclose(also[path] / scale, value / scale, atol=2e-3, err_msg=path)  # parameters of up to 2 round to 2e-7
     for name in ("policy/clip_fraction", "policy/entropy", "policy/log_ratio_abs", "optimizer/gradient_norm"):
         assert said[name] == pytest.approx(metrics[name], rel=1e-4), name
     assert said["loss"][0] / said["loss"][1] == pytest.approx(metrics["loss"][0] / metrics["loss"][1], rel=1e-4)
@@ -184,15 +184,78 @@ def assert_same_update(one, other):
 
 @pytest.fixture(scope="module")
 def whole():
-    return functools.cache(lambda name: updated(POLICIES[name], 1))
+    return updated(POLICIES["everything"], 1)
 
 
-@pytest.mark.parametrize("name", ["everything", "sequence"])
-def test_two_parts_are_one(whole, name):
-    """12 tokens in the first half and 7 in the second, 3 answers and 2: both reductions divide by all of them. With noise, whose rows go on."""
-    assert_same_update(whole(name), updated(POLICIES[name], 2))
+def test_two_parts_are_one_mean_over_tokens(whole):
+    """12 tokens in the first half and 7 in the second: the sum of both is divided by 19. With noise, whose rows go on in the second."""
+    assert_same_update(whole, updated(POLICIES["everything"], 2))
+
+
+def test_two_parts_are_one_mean_over_answers():
+    """3 answers have tokens in the first half and 2 in the second."""
+    assert_same_update(*(updated(POLICIES["sequence"], parts, noise=None) for parts in (1, 2)))
 
 
 def test_a_mesh_is_one_device(whole):
-    mesh = MeshSpec.parse("data=2,expert=2").build(jax.devices()[:4])
-    assert_same_update(whole("everything"), updated(POLICIES["everything"], 1, mesh))
+    assert_same_update(whole, updated(POLICIES["everything"], 1, MeshSpec.parse("data=2,expert=2").build(jax.devices()[:4])))
+
+
+# ------------------------------------------------------------------------------------------------------------------ which noise acts
+
+QUIET = replace(CONFIG, optimizer=dataclasses.replace(OPTIMIZER, adamw_learning_rate=0.0), steps=1, mini_batches=2, accumulation=2, eval_every=9)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_draws_are_those_of_the_pass_before(shared):
+    """With a learning rate of 0 every update sees the parameters of the pass before: with its draws, the same log-probabilities, in every part of
+    every mini-batch; with fresh ones, others."""
+    config = replace(QUIET, noise="router_logits=additive:0.3:phases=old_logprob+train,lm_head=relative:0.1:phases=old_logprob+train", shared_draws=shared)
+    series = rows_of(loop.run(config, program_of(config), TASK))
+    changes = [value for _, value in series["policy/log_ratio_abs"]]
+    assert len(changes) == 2 and (max(changes) < 2e-6 if shared else min(changes) > 0.01), changes
+    assert series["sampler/log_ratio_abs"][0][1] > 0.01
+
+
+class Lowered:
+    """In the place of a jitted function: what it would compile for each kind of arguments; its results are given."""
+
+    def __init__(self, function, results):
+        self.function, self.results, self.texts = function, results, {}
+
+    def __call__(self, *args):
+        kind = jax.tree.structure(args)
+        if kind not in self.texts:
+            self.texts[kind] = self.function.lower(*args).as_text()
+        return self.results(*args)
+
+
+def test_noise_in_a_phase_leaves_the_programs_of_the_others_alone(monkeypatch):
+    """What sampling, scoring, updating and evaluating lower to, with noise in one phase, against no noise at all: other in that phase alone."""
+    config = replace(CONFIG, steps=1, mini_batches=1)
+    program = program_of(config)
+    real = {name: getattr(program, name) for name in ("sample", "score", "train")}
+    kept = {}
+
+    def texts_of(noise, replaying):
+        spies = {}
+        for name, function in real.items():
+
+            def results(*args, name=name, function=function):
+                if not replaying:
+                    kept[name] = jax.device_get(function(*args))
+                return kept[name]
+
+            spies[name] = Lowered(function, results)
+            monkeypatch.setattr(program, name, spies[name])
+        loop.run(replace(config, noise=noise), program, TASK)
+        sampled: dict[str, set] = {"rollout": set(), "eval": set()}
+        for kind, text in spies["sample"].texts.items():
+            sampled["rollout" if "rollout" in str(kind) else "eval"].add(text)
+        return sampled | {"old_logprob": set(spies["score"].texts.values()), "train": set(spies["train"].texts.values())}
+
+    clean = texts_of("", False)
+    assert all(len(texts) == 1 for texts in clean.values())
+    for phase in clean:
+        found = texts_of(f"router_logits=additive:0.1:phases={phase}", True)
+        assert {name for name in clean if found[name] != clean[name]} == {phase}
