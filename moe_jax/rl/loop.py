@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import paths
-from moe_jax.errors import ConfigError, NonFinite, Stopped, Unsupported
+from moe_jax.distributed import on_all
+from moe_jax.errors import ConfigError, NonFinite, Stopped
 from moe_jax.keys import Draw
 from moe_jax.noise import Noise
 from moe_jax.replay import empty_trace
@@ -29,7 +30,7 @@ from moe_jax.rl.sample import Answers
 from moe_jax.rl.tasks import Problem, Task
 from moe_jax.routing import RoutingTrace
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.loop import Recorder, Result, ratio, start_parameters
+from moe_jax.train.loop import AnyProcess, Recorder, Result, ratio, start_parameters
 from moe_jax.train.run_folder import some
 from moe_jax.train.state import TrainState
 from moe_jax.train.writers import MetricsWriter, Progress
@@ -50,8 +51,6 @@ def run(
     The same config, killed anywhere and run again, ends in the same bits, in the middle of a step's updates too. Raises NonFinite before an update that a
     reward, loss or gradient would spoil, and Stopped, after a checkpoint, when `stop()` turns true.
     """
-    if jax.process_count() > 1:
-        raise Unsupported(f"reinforcement learning in a job of {jax.process_count()} processes is not supported; start one")
     if task.vocab_size > config.model.vocab_size:
         raise ConfigError(f"the task {config.task} has {task.vocab_size} ids, the model's vocab_size is {config.model.vocab_size}")
     if len(getattr(task, config.eval_split)) < config.eval_problems:
@@ -59,7 +58,7 @@ def run(
             f"{config.task} has {len(getattr(task, config.eval_split))} {config.eval_split} problems, eval_problems={config.eval_problems}"
         )
     began = time.monotonic()
-    with nullcontext() if folder is None else MetricsWriter(folder) as writer:
+    with nullcontext() if folder is None else on_all(lambda: MetricsWriter(folder)) as writer:
         loop = _Loop(config, program, task)
         checkpoints = (
             None if folder is None or not config.checkpoint_every else Checkpoints(folder / "checkpoints", config, task.fingerprint)
@@ -98,6 +97,7 @@ class _Loop:
         return {**{field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}, "batch": self.batch}
 
     def train(self, start: int, recorder: Recorder, checkpoints: Checkpoints | None, progress: Progress | None, stop) -> None:
+        stop = AnyProcess(stop)
         config, names = self.config, [*paths.flatten(self.program.model.specs), "the loss"]
         for done in range(start, config.updates):
             step, part = divmod(done, config.mini_batches)
@@ -111,11 +111,11 @@ class _Loop:
             if progress is not None:
                 shown = {name: row[name] for name in ("reward/mean", "policy/entropy", "optimizer/gradient_norm") if name in row}
                 progress.update(done + 1, shown, self.batch["tokens"].size // config.mini_batches)
-            halt = stop() and done + 1 < config.updates
+            halt = stop() and done + 1 < config.updates  # every process asks, so that all stop after the same update
             saving = checkpoints is not None and (halt or done + 1 == config.updates or (done + 1) % config.checkpoint_every == 0)
             if checkpoints is not None and saving:
                 if recorder.writer is not None:
-                    recorder.writer.flush()  # no checkpoint is ahead of its metrics
+                    on_all(recorder.writer.flush)  # no checkpoint is ahead of its metrics
                 checkpoints.save(done + 1, self._saved())
             if halt:
                 where = f"saved; the same command goes on from update {done + 1}" if saving else "not saved: checkpoint_every is 0"
@@ -130,7 +130,7 @@ class _Loop:
         answers, cut = self.answers(
             problems, "rollout", noise, step, _seed(config.sample_seed, "train", step), config.temperature, config.top_p
         )
-        host = jax.device_get(dataclasses.replace(answers, trace=None))
+        host = jax.device_get(answers)
         sampled = time.monotonic()
         given, right = self.rewards(problems, host)
         scored = time.monotonic()
@@ -146,7 +146,7 @@ class _Loop:
             "sampler": sampler,
             "advantage": np.asarray(advantages).reshape(-1),
         }
-        trace, reference = answers.trace, None
+        trace, reference = host.trace, None
         if self.reference is not None:
             reference, _ = self.score(self.reference, host, None, None, step)
             batch["reference"] = reference.log_probs
@@ -157,7 +157,7 @@ class _Loop:
         if config.replay:
             used: Any = recorded(_trace(old), host.lengths) if config.replay == "self" else source
             batch["routes"] = replayed(jax.tree.map(np.asarray, used), config.replay_what).trace
-        row = self.described(batch, host, given, right, old, counts, answers.trace) | {"answers/cut_prompts": cut}
+        row = self.described(batch, host, given, right, old, counts, trace) | {"answers/cut_prompts": cut}
         times = {"sample": sampled - began, "reward": scored - sampled, "score": time.monotonic() - scored}
         return batch, row | {f"seconds/{name}": value for name, value in times.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_jax.keys import Draw
@@ -57,8 +57,10 @@ class RLProgram(Program):
     ):
         like = "old_logprob" if shared_draws else ""
         super().__init__(model, optimizer, objective, mesh, minimised=functools.partial(policy_loss, policy, like))
-        self.sample = self._jit("sample", functools.partial(sample, self.model, response_tokens))
-        self.score = self._jit("score", functools.partial(score, self.model, objective.freeze))
+        # what these give is read on the host, and of an array that lies on several processes only a copy on each can be
+        shared = {} if mesh is None or jax.process_count() == 1 else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+        self.sample = self._jit("sample", functools.partial(sample, self.model, response_tokens), **shared)
+        self.score = self._jit("score", functools.partial(score, self.model, objective.freeze), **shared)
 
 
 def score(

@@ -113,7 +113,7 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
     if config.replay:
         batches = Routes(config.replay, config.model, rows, length, config.replay_what).beside(batches, start, config.updates)
     drain = functools.partial(_drain, recorder, progress, names, rows * length)
-    stopping = _AnyProcess(stop)
+    stopping = AnyProcess(stop)
     pending = None  # the step whose numbers are still on the device: it is read after the next one has been dispatched
     with closing(batches):
         for done in range(start + 1, config.updates + 1):
@@ -163,7 +163,7 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-class _AnyProcess:
+class AnyProcess:
     """Whether any process was asked to stop; all learn it before the same update, one after it happened, without waiting for each other."""
 
     def __init__(self, stop: Callable[[], bool]):

@@ -18,7 +18,7 @@ from moe_jax.rl.grpo import Policy
 from moe_jax.rl.program import RLProgram, following, policy_loss, score
 from moe_jax.train.state import Knobs
 from tests.rl import small
-from tests.rl.small import CONFIG, OPTIMIZER, TASK, bits, program_of, replace, rows_of
+from tests.rl.small import CONFIG, OPTIMIZER, TASK, program_of, replace, rows_of
 
 ROWS, LENGTH = 6, 12
 NOISE = NoiseSpec.parse("matmuls=relative:0.1")
@@ -203,14 +203,20 @@ def test_a_mesh_is_one_device(whole):
 
 # ------------------------------------------------------------------------------------------------------------------ which noise acts
 
-QUIET = replace(CONFIG, optimizer=dataclasses.replace(OPTIMIZER, adamw_learning_rate=0.0), steps=1, mini_batches=2, accumulation=2, eval_every=9)
+QUIET = replace(
+    CONFIG, optimizer=dataclasses.replace(OPTIMIZER, adamw_learning_rate=0.0), steps=1, mini_batches=2, accumulation=2, eval_every=9
+)
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_shared_draws_are_those_of_the_pass_before(shared):
     """With a learning rate of 0 every update sees the parameters of the pass before: with its draws, the same log-probabilities, in every part of
     every mini-batch; with fresh ones, others."""
-    config = replace(QUIET, noise="router_logits=additive:0.3:phases=old_logprob+train,lm_head=relative:0.1:phases=old_logprob+train", shared_draws=shared)
+    config = replace(
+        QUIET,
+        noise="router_logits=additive:0.3:phases=old_logprob+train,lm_head=relative:0.1:phases=old_logprob+train",
+        shared_draws=shared,
+    )
     series = rows_of(loop.run(config, program_of(config), TASK))
     changes = [value for _, value in series["policy/log_ratio_abs"]]
     assert len(changes) == 2 and (max(changes) < 2e-6 if shared else min(changes) > 0.01), changes

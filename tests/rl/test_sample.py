@@ -20,6 +20,7 @@ CONFIG = MODEL.replace(num_layers=3)  # a dense layer, then two that route
 NOISE = NoiseSpec.parse("matmuls=relative:0.1,router_logits=additive:0.3")
 PROMPTS = ((5, 6, 7, 8), (1,), (10, 3, 2), (4, 4))
 COUNT = 7
+DRAW = Draw(seed=4, step=2, phase="rollout")
 
 
 def stops(*tokens: int) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def arguments(prompts, noise, sampling, draw, config=CONFIG):
     return tokens, lengths, None if noise is None else config.resolve(noise), draw, how
 
 
-def both(sampling, noise=None, prompts=PROMPTS, config=CONFIG, draw=Draw(seed=4, step=2, phase="rollout")):
+def both(sampling, noise=None, prompts=PROMPTS, config=CONFIG, draw=DRAW):
     """(step by step, in one program)."""
     function, _ = whole_of(config, sampling.max_tokens)
     slow = sampler_of(config)(params_of(config), prompts, sampling, noise, draw)
@@ -112,10 +113,9 @@ def test_noise_changes_what_is_sampled():
 
 def test_its_routes_and_log_probabilities_are_those_of_one_pass():
     """Not only of the other sampler: a forward pass over the finished text with the same draws says the same."""
-    sampling, draw = Sampling(COUNT, 1.0, seed=3, stop=STOPS), Draw(seed=4, step=2, phase="rollout")
-    _, fast = both(sampling, NOISE, draw=draw)
+    _, fast = both(Sampling(COUNT, 1.0, seed=3, stop=STOPS), NOISE)
     model = model_of()
-    out = jax.jit(lambda p, t: model.apply(p, t, NOISE, draw, capture=("trace",)))(params_of(), jnp.asarray(fast.tokens))
+    out = jax.jit(lambda p, t: model.apply(p, t, NOISE, DRAW, capture=("trace",)))(params_of(), jnp.asarray(fast.tokens))
     log_probs = np.asarray(jax.nn.log_softmax(out.logits))
     known = fast.trace.ids != unrecorded(fast.trace.ids.dtype)
     assert known.any() and np.array_equal(np.asarray(out.trace.ids)[known], fast.trace.ids[known])
@@ -160,7 +160,7 @@ def test_another_seed_and_another_row_are_other_tokens():
 
 def test_the_same_on_a_mesh():
     """Eight rows over data and experts, noise on: every token, length and route is that of one device."""
-    config = CONFIG.replace(dispatch=None, num_layers=2)
+    config = CONFIG.replace(dispatch=None, num_layers=1, dense_layers=())
     prompts = tuple((1 + row, 2, 3)[: 1 + row % 3] for row in range(8))
     sampling, draw = Sampling(COUNT, 1.0, seed=3, stop=STOPS), Draw(seed=4, step=1, phase="rollout")
     found = []
