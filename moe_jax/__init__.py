@@ -40,6 +40,7 @@ _MODULES = (
     "model",
     "noise",
     "optim",
+    "rl",
     "routing",
     "routing_stats",
     "sensitivity",
