@@ -80,8 +80,8 @@ def clipped_loss(
     """
     r = ratio(log_ratio)
     free, held = -r * advantage, -jnp.clip(r, 1 - clip_low, 1 + clip_high) * advantage
-    loss = jnp.maximum(free, held)
     decided = held > free
+    loss = jnp.where(decided, held, free)  # not their maximum, whose gradient is shared out where they are equal
     if dual_clip is not None:
         worst = -dual_clip * advantage
         decided |= (advantage < 0) & (loss > worst)
@@ -101,7 +101,7 @@ def importance_weights(trainer: Float[Array, "S"], sampler: Float[Array, "S"], c
 
 
 def token_losses(policy: Policy, log_probs: Float[Array, "S"], answer: dict[str, Any]) -> tuple[Float[Array, "S"], dict[str, Any]]:
-    """The loss of each token of one answer, and {"clipped", "kl"} of each.
+    """The loss of each token of one answer, and {"clipped"}: 1 where the clip decided.
 
     answer: "advantage" [], and of each token "mask", "old" (log-probability before the updates), "sampler" and "reference" (where they are used).
     """

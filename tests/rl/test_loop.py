@@ -18,7 +18,9 @@ from moe_jax.errors import CheckpointError, ConfigError, NonFinite, Stopped
 from moe_jax.mesh import MeshSpec
 from moe_jax.rl import loop, tasks
 from moe_jax.rl.config import RLConfig
+from moe_jax.rl.grpo import Policy
 from moe_jax.rl.problems import Task
+from moe_jax.routing import RoutingTrace
 from moe_jax.train.saved import load_model
 from moe_jax.train.writers import read_metrics
 from tests.rl.small import CONFIG, TASK, bits, program_of, replace, rows_of, saved
@@ -185,6 +187,64 @@ def test_a_mesh_runs_the_same_steps(mesh):
         exact = name.startswith(("reward/", "answers/", "eval/", "route/", "replay/"))
         for (step, one), (other_step, other) in zip(alone[name], spread[name], strict=True):
             assert step == other_step and other == pytest.approx(one, rel=0 if exact else 1e-3, abs=0 if exact else 1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------------------------ what an update is given
+
+
+class Given(Exception):
+    """The batch of an update, instead of the update."""
+
+
+@pytest.mark.parametrize(
+    "reduction, divisors",
+    [
+        # answers of 1 … 5 tokens and one of none, then the same again: the mini-batches have 1+2+3 = 6, 4+5+0 = 9, 6 and 9 tokens; 3, 2, 3 and 2 answers
+        ("token_mean", [6, 9, 6, 9]),
+        ("sequence_mean", [3, 2, 3, 2]),
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_an_update_is_given(reduction, divisors, shared):
+    """Its own answers in parts, what their sum is divided by (a part's gradient is a third of the update's), the number of its first row and its draw."""
+    config = replace(CONFIG, mini_batches=4, accumulation=3, policy=Policy(reduction=reduction), shared_draws=shared, replay="rollout")
+    here = loop_on(config, TASK)
+    rows = np.arange(12, dtype=np.float32)
+    each = np.broadcast_to(rows[:, None], (12, 12))
+    mask = (np.arange(12) < np.array([1, 2, 3, 4, 5, 0] * 2)[:, None]).astype(np.float32)
+    ids = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, :, None, None], (1, 12, 12, 2))
+    routes = RoutingTrace(ids, None, np.array([1], np.int32))
+    here.batch = {"tokens": each.astype(np.int32), "mask": mask, "sampler": each, "old": each, "advantage": rows, "routes": routes}
+    here.state = None
+
+    class Program:
+        train = None
+
+        def place(self, batch, rows, axis):
+            assert (rows, axis) == (1, 1)
+            raise Given(batch)
+
+    here.program = Program()
+    for part in range(4):
+        with pytest.raises(Given) as caught:
+            here.update(2, part, [])
+        (given,) = caught.value.args
+        firsts = [3 * part, 3 * part + 1, 3 * part + 2]
+        assert set(given) == {"tokens", "mask", "old", "advantage", "divisor", "draw", "replay"}  # the sampler's are not used
+        assert given["advantage"].tolist() == [[first] for first in firsts]
+        assert given["tokens"].shape == (3, 1, 12) and given["old"][:, 0, 0].tolist() == firsts
+        assert given["replay"].trace.ids[:, 0, 0, 0, 0].tolist() == firsts and given["replay"].trace.ids.shape == (3, 1, 1, 12, 2)
+        np.testing.assert_allclose(given["divisor"], [divisors[part] / 3] * 3, rtol=1e-6)
+        steps, numbers = given["draw"]
+        assert numbers.tolist() == firsts and steps.tolist() == [2 if shared else 4 * 2 + part] * 3
+    here.config = replace(config, policy=Policy(importance_cap=2.0))
+    with pytest.raises(Given) as caught:
+        here.update(0, 0, [])
+    assert caught.value.args[0]["sampler"][:, 0, 0].tolist() == [0, 1, 2]
+    here.batch["mask"] = np.zeros_like(mask)  # nothing to learn: no division by 0
+    with pytest.raises(Given) as caught:
+        here.update(0, 0, [])
+    assert (caught.value.args[0]["divisor"] > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------ what cannot go on
