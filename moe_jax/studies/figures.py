@@ -21,6 +21,7 @@ from moe_jax.studies.document import Figure
 from moe_jax.studies.findings import subject
 from moe_jax.studies.stats import Contrast, Summary
 
+BANDS = 8  # cells, up to which a figure of curves shows the range over seeds
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", "--", ":", "-.")
@@ -130,10 +131,8 @@ def curves_figure(analysis: Analysis) -> Figure | None:
         end.set_title("second half", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    caption = (
-        "Learning curves. Mean over seeds (line) and the range from the lowest to the highest seed (band); on the right the second half "
-        "of the same steps, on its own scale."
-    )
+    band = " and the range from the lowest to the highest seed (band)" if len(analysis.design.cells()) <= BANDS else ""
+    caption = f"Learning curves. Mean over seeds (line){band}; on the right the second half of the same steps, on its own scale."
     return Figure("curves", caption, _png(figure))
 
 
@@ -157,12 +156,15 @@ def common_curve(series: Sequence[Any]) -> tuple[list[float], np.ndarray] | None
 
 
 def cell_styles(design: Design) -> list[tuple[str, str]]:
-    """(colour, line style) of each cell: the first factor chooses the colour, the rest the line, so that a pair is seen as one."""
+    """(colour, line style) of each cell: the first factor chooses the colour, the rest the line, so that a pair is seen as one; where there are more of those
+    than lines, the other way round."""
     first, cells = design.factors[0], design.cells()
     others = [cell_key({name: level for name, level in cell.items() if name != first.name}) for cell in cells]
-    colours = [PALETTE[first.levels.index(cell[first.name]) % len(PALETTE)] for cell in cells]
     distinct = list(dict.fromkeys(others))
-    return [(colour, LINES[distinct.index(other) % len(LINES)]) for colour, other in zip(colours, others, strict=True)]
+    pairs = [(first.levels.index(cell[first.name]), distinct.index(other)) for cell, other in zip(cells, others, strict=True)]
+    if len(distinct) > len(LINES):
+        pairs = [(rest, level + 2 * (rest // len(PALETTE))) for level, rest in pairs]
+    return [(PALETTE[colour % len(PALETTE)], LINES[line % len(LINES)]) for colour, line in pairs]
 
 
 # ---------------------------------------------------------------- drawing
@@ -207,7 +209,8 @@ def _curves_panel(ax: Any, analysis: Analysis, name: str, start: float) -> None:
         if curve is not None:
             at = int(start * (len(curve[0]) - 1))
             steps, values = curve[0][at:], curve[1][:, at:]
-            ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            if len(design.cells()) <= BANDS:
+                ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             ax.plot(steps, values.mean(0), line, color=colour, linewidth=1.6, label=cell_text(design, cell))
     ax.set_xlabel("step")
     ax.grid(color=RULE, linewidth=0.6)
