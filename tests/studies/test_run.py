@@ -10,7 +10,7 @@ from experiments.catalogue import load
 from moe_jax.errors import ConfigError, Stopped, Unsupported
 from moe_jax.studies import Ledger, Metric, report
 from moe_jax.studies import run as runner
-from moe_jax.studies.run import Experiment, cell_name, run_study, todo
+from moe_jax.studies.run import Experiment, Runner, cell_name, run_study, todo
 from moe_jax.train import loop
 
 
@@ -96,15 +96,14 @@ def test_a_failure_is_kept_and_not_repeated(smoke, tmp_path, monkeypatch):
     assert len(ledger.failed()) == 1 and not ledger.missing()
 
 
-def test_an_unforeseen_error_is_kept_and_raised(smoke, tmp_path, monkeypatch):
+def test_an_unforeseen_error_is_kept_and_raised(smoke, tmp_path):
     """The ledger has a failed row that says what happened, and the run is tried again by the next call."""
 
     def broken(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(runner, "run", broken)
     with pytest.raises(MemoryError):
-        run_study(smoke, tmp_path)
+        run_study(dataclasses.replace(smoke, runner=Runner(broken)), tmp_path)
     ledger = Ledger.read(tmp_path)
     assert [failure.error for failure in ledger.failed()] == ["MemoryError: no room"]
     assert len(todo(ledger)) == 12
@@ -186,9 +185,8 @@ def test_in_lanes_a_failure_is_its_own_and_an_unforeseen_error_comes_at_the_end(
         return loop.run(config, *arguments)
 
     monkeypatch.setattr(loop.RunConfig, "knobs", poisoned)
-    monkeypatch.setattr(runner, "run", broken)
     with pytest.raises(MemoryError):
-        run_study(dataclasses.replace(smoke, design=design), tmp_path, lanes=3)
+        run_study(dataclasses.replace(smoke, design=design, runner=Runner(broken)), tmp_path, lanes=3)
     found = Ledger.read(tmp_path).runs()
     assert sorted((row.status, row.error.split(":")[0]) for row in found) == [
         ("failed", "MemoryError"),
