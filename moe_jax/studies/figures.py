@@ -157,13 +157,13 @@ def common_curve(series: Sequence[Any]) -> tuple[list[float], np.ndarray] | None
 
 def cell_styles(design: Design) -> list[tuple[str, str]]:
     """(colour, line style) of each cell: the first factor chooses the colour, the rest the line, so that a pair is seen as one; where there are more of those
-    than lines, the other way round."""
+    than lines, every colour with one line, then with the next: as many cells as colours times lines can be told apart."""
     first, cells = design.factors[0], design.cells()
     others = [cell_key({name: level for name, level in cell.items() if name != first.name}) for cell in cells]
     distinct = list(dict.fromkeys(others))
     pairs = [(first.levels.index(cell[first.name]), distinct.index(other)) for cell, other in zip(cells, others, strict=True)]
     if len(distinct) > len(LINES):
-        pairs = [(rest, level + 2 * (rest // len(PALETTE))) for level, rest in pairs]
+        pairs = [(index, index // len(PALETTE)) for index in range(len(cells))]
     return [(PALETTE[colour % len(PALETTE)], LINES[line % len(LINES)]) for colour, line in pairs]
 
 

@@ -161,3 +161,16 @@ def test_small_batches_become_a_sequence_for_each_device():
     assert config.data.batch_size == config.eval_batch == 8
     with pytest.raises(ConfigError, match="unknown model preset"):
         preset_run("qwen", 8)
+
+
+def test_noise_on_the_experts_takes_memory_and_other_noise_none():
+    """By hand: ten float32 rows of the model's width for each row that a device's experts compute at a time, where the layers decide the peak."""
+    config, mesh = preset_run("qwen3_30b_a3b", 64), MeshSpec(fsdp=16, expert=4)
+    config = dataclasses.replace(config, model=config.model.replace(remat="full", dispatch="all_gather", dispatch_chunks=4))
+
+    def layer(noise):
+        return estimate(dataclasses.replace(config, noise=noise), mesh).layer
+
+    rows = 4096 * 8 * 4 / 4  # tokens of a device, experts of a token, devices that gather, chunks
+    assert layer("matmuls=relative:0.05") - layer("") == rows * 2048 * 10 * 4
+    assert layer("router_gemm=relative:0.05") == layer("experts=relative:0.05:phases=eval") == layer("")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.catalogue import load
 from moe_jax.studies import Factor, Ledger, LedgerDamaged, Metric, Run, analyse, contrast, difference, report, tables
 from moe_jax.studies.analysis import interval_text, number, p_text
 from moe_jax.studies.design import Comparison
@@ -255,6 +256,8 @@ def test_curves_use_the_steps_that_every_seed_has():
 
 def test_cells_differ_in_colour_or_line(seed_design):
     assert len(set(cell_styles(seed_design))) == 6
+    matrix = load("e7b:mini").design
+    assert len(set(cell_styles(matrix))) == len(matrix.cells()) == 22
 
 
 def test_one_factor_at_a_time_designs_are_reported_too(tmp_path, seed_design):
