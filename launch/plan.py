@@ -32,7 +32,11 @@ _REMAT = flags.DEFINE_enum(
     "remat", None, ["none", "dots", "full"], "What a backward pass computes again; none given means the least that fits."
 )
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:passes=…], comma-separated; SITE all is every matmul.")
-_STEPS = flags.DEFINE_list("steps", ["train"], "Which steps to compile: train, evaluate, record, prefill, sample, comma-separated, or all.")
+_STEPS = flags.DEFINE_list(
+    "steps",
+    ["train"],
+    "Which steps to compile: train, evaluate, record, prefill, sample (of reinforcement learning train, score, sample), comma-separated, or all.",
+)
 _UPDATES = flags.DEFINE_integer("updates", None, "Updates of a run, for its cost; none means 1000, or the study's.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder for plan.html, plan.txt and plan.json.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Judge the meshes by the models alone; compile nothing, write nothing.")
@@ -45,18 +49,19 @@ def main(argv: list[str]) -> int:
 
     os.environ.update(environment(_TOPOLOGY.value))  # before anything asks jax for devices
     from launch.plan_run import Request, describe, make, write
-    from moe_jax.plan.steps import STEPS
+    from moe_jax.plan.steps import shapes_of
 
-    steps = tuple(STEPS) if _STEPS.value == ["all"] else tuple(_STEPS.value)
-    unknown = [step for step in steps if step not in STEPS]
-    if unknown or not steps:
-        raise ConfigError(f"unknown step {', '.join(unknown) or 'none'}; known: {', '.join(STEPS)}, all")
     if bool(_PRESET.value) == bool(_EXPERIMENT.value):
         raise ConfigError("name one of --preset and --experiment: what is to be planned")
     request = Request(
         _TOPOLOGY.value, _PRESET.value, _EXPERIMENT.value, _MESH.value, _BATCH.value, _SEQ.value, _REMAT.value, _NOISE.value, _UPDATES.value
     )
     config, topology, runs = make(request, lambda config: apply_overrides(config, _SET.value))
+    known = shapes_of(config).steps
+    steps = known if _STEPS.value == ["all"] else tuple(_STEPS.value)
+    unknown = [step for step in steps if step not in known]
+    if unknown or not steps:
+        raise ConfigError(f"unknown step {', '.join(unknown) or 'none'}; known: {', '.join(known)}, all")
     if _DRY_RUN.value:
         print(describe(config, topology, request))
         return 0

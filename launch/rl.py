@@ -66,6 +66,7 @@ def _some(what: str, given: list[str], known) -> list[str]:
 
 
 def _run(experiment, workdir: Path, only, chosen) -> int:
+    from moe_jax.distributed import first
     from moe_jax.studies import Ledger
     from moe_jax.studies.run import describe_devices, run_study
     from moe_jax.train.run_folder import RunFolder
@@ -77,7 +78,7 @@ def _run(experiment, workdir: Path, only, chosen) -> int:
     finished = {run.key: run for run in Ledger.read(workdir).runs() if run.status == "finished"}
     keys = [_key(cell, seed) for cell, seed in chosen]
     for key in keys:
-        if key in finished:
+        if key in finished and first():
             _print(finished[key], experiment.config(finished[key].cell, finished[key].seed).mini_batches)
     return int(any(key not in finished for key in keys))
 

@@ -9,7 +9,7 @@ from moe_jax.mesh import MeshSpec
 from moe_jax.plan.memory import Memory
 from moe_jax.plan.roofline import Roofline, roofline
 from moe_jax.plan.search import Candidate, judged, on_mesh, search, why
-from moe_jax.plan.steps import STEPS, Compiled, compile_step
+from moe_jax.plan.steps import Compiled, compile_step, shapes_of
 from moe_jax.plan.topology import Topology, compiling_alone
 from moe_jax.train.run_config import RunConfig
 
@@ -44,17 +44,17 @@ def make_plan(
     config: RunConfig,
     topology: Topology,
     mesh: MeshSpec | None = None,
-    steps: Sequence[str] = STEPS,
+    steps: Sequence[str] = (),
     keep_remat: bool = False,
     say: Callable[[str], None] = lambda text: None,
     cache: Path | None = None,
 ) -> Plan:
-    """Compiles `steps` of the run without its noise and, if it has any, with it, on `mesh` or on the best that a search finds.
+    """Compiles `steps` of the run (none named: all that it has) without its noise and, if it has any, with it, on `mesh` or on the best that a search finds.
 
     say: gets a line before each compilation. cache: see `compile_step`. Raises ConfigError for a mesh that does not divide the run or does not fit the
     topology, and where no mesh does.
     """
-    noise = config.noise
+    noise, steps = config.noise, steps or shapes_of(config).steps
     candidates, explanation, every = _candidates(config, topology, mesh, keep_remat)
 
     def compiled(config: RunConfig, mesh: MeshSpec, steps: Sequence[str], what: str) -> dict[str, Compiled]:

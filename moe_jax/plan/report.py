@@ -5,7 +5,7 @@ from moe_jax.plan.hlo import Totals
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.roofline import ASSUMPTIONS
 from moe_jax.plan.search import MARGIN
-from moe_jax.plan.steps import Compiled
+from moe_jax.plan.steps import Compiled, shapes_of
 from moe_jax.studies.document import Block, Bullets, Heading, Table, Text
 
 GIB = 2**30
@@ -42,8 +42,8 @@ def _setting(plan: Plan, command: str) -> list[Block]:
     c, data, chip = plan.config.model, plan.config.data, plan.topology.chip
     tokens = data.accumulation * data.batch_size * data.seq_len
     items = [
-        f"{data.accumulation} x {data.batch_size} sequences of {data.seq_len} tokens in an update ({tokens:,} tokens); evaluation, recording and sampling: "
-        f"{plan.config.eval_batch} sequences",
+        f"{data.accumulation} x {data.batch_size} sequences of {data.seq_len} tokens in an update ({tokens:,} tokens); "
+        f"{shapes_of(plan.config).batches(plan.config)}",
         f"parameters {c.dtypes.params}, compute {c.dtypes.compute}, remat {c.remat}, dispatch {c.dispatch or 'by platform'} in {c.dispatch_chunks} chunk(s), "
         f"Newton-Schulz {plan.config.optimizer.ns_dtype}",
         f"noise: {plan.noise or 'none'}",
@@ -70,9 +70,15 @@ def memory_table(plan: Plan) -> Table:
         f"{_gib(m.activations)}, head {_gib(m.head)}, then the largest of loss {_gib(m.loss)}, layers {_gib(m.layer)} and update {_gib(m.update)}: "
         f"peak {_gib(m.peak)} GiB."
     )
+    beside = {name: _gib(step.beside) for name, step in plan.clean.items() if step.beside}
     header = ("step", "noise", "arguments", "temporaries", "peak", "compiled in s")
     notes = (
         model,
+        *(
+            (f"With what else of the run's state lies there: {', '.join(f'{name} {size}' for name, size in beside.items())}.",)
+            if beside
+            else ()
+        ),
         *(
             ("The figures are those of the CPU that stands in; the memory model's are meant for the chip.",)
             if plan.topology.stand_in

@@ -6,6 +6,7 @@ B sequences of a batch over all devices, S sequence length.
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from importlib.metadata import version
@@ -29,8 +30,6 @@ from moe_jax.train.program import Program
 from moe_jax.train.record import recorder
 from moe_jax.train.run_config import RunConfig
 
-STEPS = ("train", "evaluate", "record", "prefill", "sample")
-
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -46,31 +45,32 @@ class Compiled:
     always: Totals = dataclasses.field(default_factory=dict)
     overflowing: Totals = dataclasses.field(default_factory=dict)
     refused: str = ""  # the compiler's own words
+    beside: int = 0  # of the run's state, what this step neither reads nor writes
 
     @property
     def peak(self) -> int:
         """Bytes in use at once; where the compiler gives no account: arguments, results that are not in their place, and all temporaries."""
-        return self.most or self.arguments + self.results - self.donated + self.temporaries
+        return self.beside + (self.most or self.arguments + self.results - self.donated + self.temporaries)
 
 
 def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache: Path | None = None) -> Compiled:
-    """Compiles one of STEPS for the mesh's devices. Raises ConfigError for what cannot be laid out on the mesh.
+    """Compiles a step of the run for the mesh's devices. Raises ConfigError for what cannot be laid out on the mesh.
 
     cache: a folder in which what the compiler said of a program is looked up, by the program's text, devices and versions, and kept.
     """
     began = time.monotonic()
     with tracing_for(platform):
-        lowered = lower(step, config, mesh)
+        lowered, beside = lower(step, config, mesh), shapes_of(config)(config, mesh).beside(step)
         known = None if cache is None else cache / f"{_digest(lowered.as_text(), mesh)}.json"
         if known is not None and known.exists():
-            return Compiled(**json.loads(known.read_text()), step=step)
+            return dataclasses.replace(Compiled(**json.loads(known.read_text()), step=step), beside=beside)
         try:
             found = _measured(step, lowered.compile(), mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             found = Compiled(step, refused=_memory_words(str(error)))
-    found = dataclasses.replace(found, seconds=time.monotonic() - began)
+    found = dataclasses.replace(found, beside=beside, seconds=time.monotonic() - began)
     if known is not None:
         known.parent.mkdir(parents=True, exist_ok=True)
         fresh = known.with_suffix(f".{os.getpid()}")
@@ -101,27 +101,48 @@ def _memory_words(error: str) -> str:
     return sentence.strip()[:300]
 
 
+def shapes_of(config: RunConfig) -> "type[Shapes]":
+    """The steps of a run; a kind of run with others names its own."""
+    return getattr(config, "shapes", Shapes)
+
+
 def lower(step: str, config: RunConfig, mesh: Mesh) -> Any:
     """The step lowered, not compiled: its text says what is computed. Call it under `tracing_for` the mesh's platform."""
-    if step not in STEPS:
-        raise ConfigError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
-    shapes = _Shapes(config, mesh)
-    return getattr(shapes, step)()
+    shapes = shapes_of(config)
+    if step not in shapes.steps:
+        raise ConfigError(f"unknown step {step!r}; known: {', '.join(shapes.steps)}")
+    return getattr(shapes(config, mesh), step)()
 
 
-class _Shapes:
-    """The abstract arguments of each step, where a run would have them."""
+class Shapes:
+    """The steps of a run that trains, and the abstract arguments of each, where a run would have them."""
+
+    steps: tuple[str, ...] = ("train", "evaluate", "record", "prefill", "sample")
+    among_training: tuple[str, ...] = ("evaluate",)  # steps that a run takes while the optimizer's state lies there too
 
     def __init__(self, config: RunConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.program: Program = config.program(mesh)
         self.model = self.program.model
 
+    @staticmethod
+    def batches(config: RunConfig) -> str:
+        """What the steps other than train take at once, in words."""
+        return f"evaluation, recording and sampling: {config.eval_batch} sequences"
+
+    def beside(self, step: str) -> int:
+        """Bytes of one device: of the run's state, what the step has no part in."""
+        return self._bytes(self._state()) - self._bytes(self._state().params) if step in self.among_training else 0
+
+    def _state(self) -> Any:
+        return jax.tree.map(self._at, jax.eval_shape(self.program.init, np.uint32(0)), self.program.shardings)
+
+    def _bytes(self, tree: Any) -> int:
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
     def train(self) -> Any:
-        state = jax.eval_shape(self.program.init, np.uint32(0))
-        state = jax.tree.map(self._at, state, self.program.shardings)
         batch = jax.tree.map(lambda leaf: self._tokens(leaf.shape, 1, leaf.dtype), self.config.train_batch())
-        return self.program.train.lower(state, batch, self._knobs())
+        return self.program.train.lower(self._state(), batch, self._knobs())
 
     def evaluate(self) -> Any:
         shape = (self.config.eval_batch, self.config.data.seq_len)
@@ -130,17 +151,17 @@ class _Shapes:
 
     def record(self) -> Any:
         noise, tokens = self._knobs().noise, self._tokens((self.config.eval_batch, self.config.data.seq_len))
-        return recorder(self.model).lower(self.model.abstract(), tokens, noise, _draw("eval"))
+        return recorder(self.model).lower(self.model.abstract(), tokens, noise, draw_of("eval"))
 
     def prefill(self) -> Any:
         rows, length = self.config.eval_batch, self.config.data.seq_len
         arguments = (self._tokens((rows, length)), self._tokens((rows,)), self._cache(fresh=True))
-        return self._sampler.prefill.lower(self.model.abstract(), *arguments, self._knobs().noise, _draw("rollout"), _how())
+        return self._sampler.prefill.lower(self.model.abstract(), *arguments, self._knobs().noise, draw_of("rollout"), any_sampling())
 
     def sample(self) -> Any:
         rows = self._tokens((self.config.eval_batch,))
         state = State(self._cache(fresh=False), rows, rows, self._tokens(rows.shape, dtype=jnp.bool_))
-        return self._sampler.step.lower(self.model.abstract(), state, self._knobs().noise, _draw("rollout"), _how())
+        return self._sampler.step.lower(self.model.abstract(), state, self._knobs().noise, draw_of("rollout"), any_sampling())
 
     @functools.cached_property
     def _sampler(self) -> Sampler:
@@ -168,10 +189,10 @@ class _Shapes:
         return dataclasses.replace(jax.tree.map(lambda leaf: self._at(leaf, where), made), fresh=fresh)
 
 
-def _draw(phase: str) -> Draw:
+def draw_of(phase: str) -> Draw:
     return Draw(seed=np.uint32(0), step=np.uint32(0), phase=phase, row_offset=np.uint32(0))  # type: ignore[arg-type]
 
 
-def _how() -> tuple[Any, ...]:
+def any_sampling() -> tuple[Any, ...]:
     """Temperature, top_p, stop tokens and seed of a Sampler."""
     return np.float32(1), np.float32(1), np.zeros(1, np.int32), np.uint32(0)

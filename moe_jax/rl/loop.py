@@ -250,9 +250,12 @@ class _Loop:
         return Scored(joined("log_probs"), joined("entropy"), joined("router_entropy"), trace, {}), counts
 
     def answers(
-        self, problems: list[Problem], phase: str, noise, step: int, seed: int, temperature: float, top_p: float
+        self, problems: list[Problem], phase: str, noise, step: int, seed: int, temperature: float, top_p: float, first: int = 0
     ) -> tuple[Answers, float]:
-        """An answer to each problem; the share of prompts that were too long and lost their beginning."""
+        """An answer to each problem; the share of prompts that were too long and lost their beginning.
+
+        first: the number of the first problem, by which its noise is drawn.
+        """
         config, task = self.config, self.task
         width = config.prompt_tokens
         prompts = [task.encode(problem.prompt) for problem in problems]
@@ -263,7 +266,7 @@ class _Loop:
         how = (np.float32(temperature), np.float32(top_p), np.array(task.stop, np.int32), np.uint32(seed))
         acting = None if noise is None else noise.in_phase(phase)
         arrays = (self._placed(tokens), self._placed(lengths))
-        found = self.program.sample(self.state.params, *arrays, acting, self._draw(step, phase, 0), how)
+        found = self.program.sample(self.state.params, *arrays, acting, self._draw(step, phase, first), how)
         return found, float(np.mean([len(prompt) > width for prompt in prompts]))
 
     def rewards(self, problems: list[Problem], host: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -319,7 +322,8 @@ class _Loop:
             some_problems = [problems[index] for index in range(first, min(first + config.answers, config.eval_problems))]
             asked = some_problems + [some_problems[-1]] * (config.answers - len(some_problems))
             seed = _seed(config.sample_seed, what, step, first)
-            host = jax.device_get(dataclasses.replace(self.answers(asked, "eval", noise, step, seed, temperature, top_p)[0], trace=None))
+            answers, _ = self.answers(asked, "eval", noise, step, seed, temperature, top_p, first)
+            host = jax.device_get(dataclasses.replace(answers, trace=None))
             right += self.rewards(asked, host)[1][: len(some_problems)].tolist()
             lengths += (host.lengths - host.prompt_lengths)[: len(some_problems)].tolist()
         return float(np.mean(right)), float(np.mean(lengths))

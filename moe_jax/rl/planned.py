@@ -1,16 +1,45 @@
-"""A run of reinforcement learning as a plan sees it: the update's real step, and sampling, as runs of the shapes that they have."""
+"""A run of reinforcement learning as a plan sees it: the programs that its loop calls, on abstract arrays."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.plan.steps import Shapes, any_sampling, draw_of
 from moe_jax.rl.config import RLConfig
 from moe_jax.rl.program import RLProgram
 from moe_jax.train.data import DataConfig
 from moe_jax.train.run_config import RunConfig
+
+
+class PolicyShapes(Shapes):
+    """A step's whole answers are sampled in one program, which evaluation calls too; `score` is the pass before the updates, a micro-batch of them."""
+
+    steps = ("train", "score", "sample")
+    among_training = ("score", "sample")
+    config: "PolicyRun"
+    program: RLProgram
+
+    @staticmethod
+    def batches(config: RunConfig) -> str:
+        rl = config.rl  # type: ignore[attr-defined]
+        return f"sampling: {rl.answers} answers of at most {rl.response_tokens} tokens to prompts of {rl.prompt_tokens}; scoring: {rl.rows} answers"
+
+    def beside(self, step: str) -> int:
+        """The optimizer's state, and the reference policy where there is one."""
+        rl = self.config.rl
+        reference = self._bytes(self._state().params) if rl.replay == "reference" or rl.policy.kl_weight else 0
+        return reference + super().beside(step)
+
+    def score(self) -> Any:
+        tokens = self._tokens((self.config.rl.rows, self.config.rl.length))
+        return self.program.score.lower(self.model.abstract(), tokens, self._knobs().noise, draw_of("old_logprob"), None)
+
+    def sample(self) -> Any:
+        prompts, lengths = self._tokens((self.config.rl.answers, self.config.rl.prompt_tokens)), self._tokens((self.config.rl.answers,))
+        return self.program.sample.lower(self.model.abstract(), prompts, lengths, self._knobs().noise, draw_of("rollout"), any_sampling())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +47,7 @@ class PolicyRun(RunConfig):
     """What moe_jax.plan compiles of an RLConfig: its train step is the policy's update, its batch the answers of one micro-batch after the other."""
 
     rl: RLConfig = RLConfig()
+    shapes: ClassVar = PolicyShapes
 
     @classmethod
     def of(cls, rl: RLConfig) -> "PolicyRun":

@@ -58,7 +58,8 @@ class RLProgram(Program):
         like = "old_logprob" if shared_draws else ""
         super().__init__(model, optimizer, objective, mesh, minimised=functools.partial(policy_loss, policy, like))
         # what these give is read on the host, and of an array that lies on several processes only a copy on each can be
-        shared = {} if mesh is None or jax.process_count() == 1 else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+        hosts = 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+        shared = {} if mesh is None or hosts == 1 else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
         self.sample = self._jit("sample", functools.partial(sample, self.model, response_tokens), **shared)
         self.score = self._jit("score", functools.partial(score, self.model, objective.freeze), **shared)
 

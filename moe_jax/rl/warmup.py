@@ -18,7 +18,7 @@ from moe_jax.optim.plan import OptimizerConfig
 from moe_jax.rl.program import following
 from moe_jax.rl.tasks import Task
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.loop import start_parameters
+from moe_jax.train.loop import AnyProcess, start_parameters
 from moe_jax.train.program import Program
 from moe_jax.train.state import Knobs
 from moe_jax.train.step import Objective
@@ -69,7 +69,7 @@ def warm_up(
     Raises NonFinite where an update would not be finite, Stopped between two updates when `stop()` turns true.
     """
     checkpoints = Checkpoints(folder / "checkpoints", config, task.fingerprint, keep=1)
-    done, params = 0, None
+    done, params, stop = 0, None, AnyProcess(stop)
     if config.start and checkpoints.latest() is None:
         params = start_parameters(config.start, Program(config.model, config.stages[0].optimizer, Objective(), mesh))
     for stage in config.stages:

@@ -28,7 +28,7 @@ SPLITS = {
         "Data split: leaky. Windows overlap and are divided at random, so the validation text is also seen in training. These "
         "perplexities measure memory as well as modelling and must not be compared with those of a clean split.",
     ),
-    "clean": ("note", "Data split: clean, by document; no validation text is seen in training."),
+    "clean": ("note", "Data split: clean, by document or problem; nothing that is evaluated on is seen in training."),
     None: ("warning", "Data split: the settings do not say how training and validation text were divided."),
 }
 

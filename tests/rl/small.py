@@ -48,6 +48,7 @@ CONFIG = RLConfig(
     eval_every=1,
     checkpoint_every=1,
 )
+NOISY = replace(CONFIG, noise="matmuls=relative:0.05:phases=rollout")
 TASK = CONFIG.load_task()
 
 assert TASK.vocab_size == MODEL.vocab_size and len(TASK.encode("29+29=")) == CONFIG.prompt_tokens
@@ -77,4 +78,4 @@ def saved(folder, config: RLConfig) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", config, TASK.fingerprint)
 
 
-__all__ = ["CONFIG", "MODEL", "OPTIMIZER", "TASK", "bits", "program_of", "replace", "rows_of", "saved", "tasks"]
+__all__ = ["CONFIG", "MODEL", "NOISY", "OPTIMIZER", "TASK", "bits", "program_of", "replace", "rows_of", "saved", "tasks"]

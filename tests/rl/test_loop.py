@@ -23,10 +23,9 @@ from moe_jax.rl.problems import Task
 from moe_jax.routing import RoutingTrace
 from moe_jax.train.saved import load_model
 from moe_jax.train.writers import read_metrics
-from tests.rl.small import CONFIG, TASK, bits, program_of, replace, rows_of, saved
+from tests.rl.small import CONFIG, NOISY, TASK, bits, program_of, replace, rows_of, saved
 
 ROOT = Path(__file__).parents[2]
-NOISY = replace(CONFIG, noise="matmuls=relative:0.05:phases=rollout")
 
 
 def of_file(folder) -> list[dict]:
@@ -402,6 +401,16 @@ def test_noise_in_evaluation_is_reported_beside_none():
     assert {name for name in clean if name.endswith("_noisy")} == {f"{name}_noisy" for name in clean if not name.endswith("_noisy")}
     assert all(clean[f"{name}_noisy"] == value for name, value in clean.items() if not name.endswith("_noisy"))
     assert noisy["eval/length"] == clean["eval/length"] != noisy["eval/length_noisy"]
+
+
+def test_each_held_out_problem_meets_its_own_noise():
+    """The lengths of 24 greedy answers are those of one chunk of 24 and of two chunks of 12."""
+    noise = "matmuls=relative:1.0:phases=eval"
+    lengths = []
+    for prompts in (3, 6):
+        config = replace(CONFIG, noise=noise, prompts=prompts, eval_problems=24)
+        lengths.append(loop._Loop(config, program_of(config), TASK)._accuracy(config.noise_of(0), 0, "greedy", 0.0, 1.0)[1])
+    assert lengths[0] == lengths[1]
 
 
 def test_long_prompts_lose_their_beginning():

@@ -1,0 +1,67 @@
+"""What a plan compiles of reinforcement learning: the programs that the loop calls, with the shapes that it gives them."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.errors import ConfigError
+from moe_jax.mesh import MeshSpec
+from moe_jax.plan.steps import compile_step, lower, shapes_of
+from moe_jax.rl.loop import run
+from moe_jax.rl.planned import PolicyRun
+from moe_jax.rl.program import RLProgram
+from moe_jax.train.run_config import RunConfig
+from tests.rl.small import CONFIG, TASK
+
+SMALL = replace(CONFIG, steps=1, prompts=4, samples=4, mini_batches=2, eval_problems=12, checkpoint_every=0)
+MESH = MeshSpec.parse("data=2,expert=2")
+
+
+def test_the_shapes_are_those_of_a_run(monkeypatch):
+    """Every argument of each program, with its type, when the loop first calls it."""
+    program, called = RLProgram(*SMALL.structure()), {}
+    config = PolicyRun.of(SMALL)
+
+    def noting(name, compiled):
+        def noted(*args):
+            called.setdefault(name, of(args))
+            return compiled(*args)
+
+        return noted
+
+    for name in config.shapes.steps:
+        monkeypatch.setattr(program, name, noting(name, getattr(program, name)))
+    run(SMALL, program, TASK)
+    assert called.keys() == {"train", "score", "sample"}
+    one = MeshSpec.parse("data=1").build(jax.devices()[:1])
+    for name, wanted in called.items():
+        assert of(lower(name, config, one).args_info[0]) == wanted, name
+
+
+def of(args) -> list[tuple]:
+    """Shapes and types of the arrays, in order."""
+    return [
+        (np.shape(leaf), np.result_type(leaf)) if not hasattr(leaf, "shape") else (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args)
+    ]
+
+
+def test_what_lies_beside():
+    """While answers are sampled the optimizer's moments are there, and the reference policy where there is one."""
+    config, mesh = PolicyRun.of(SMALL), MESH.build(jax.devices()[:4])
+    found = compile_step("score", config, mesh, "cpu")
+    params = sum(leaf.size * 4 for leaf in jax.tree.leaves(config.program().model.abstract()))
+    assert params / 2 < found.beside < 2.1 * params  # two moments, a part of them divided over two experts
+    shapes = shapes_of(config)(config, mesh)
+    assert shapes.beside("train") == 0 and shapes.beside("sample") == found.beside
+    kept = PolicyRun.of(replace(SMALL, replay="reference", start="a checkpoint"))
+    assert params / 2 < kept.shapes(kept, mesh).beside("train") < params
+    assert found.peak > found.beside
+
+
+def test_its_steps_are_its_own():
+    assert shapes_of(PolicyRun.of(SMALL)).steps == ("train", "score", "sample")
+    assert "prefill" in shapes_of(RunConfig()).steps
+    with pytest.raises(ConfigError, match="unknown step 'prefill'; known: train, score, sample"):
+        lower("prefill", PolicyRun.of(SMALL), MESH.build(jax.devices()[:4]))
