@@ -64,6 +64,7 @@ FORMS = {
     "standard f32": partial(muon.orthogonalise, form="standard"),
     "standard bf16": partial(muon.orthogonalise, form="standard", dtype="bfloat16"),
     "gram f32": partial(muon.orthogonalise, form="gram"),
+    "gram bf16": partial(muon.orthogonalise, form="gram", dtype="bfloat16"),
     "gram f32, blocks": blocks,
     "optax f32": through_optax,
 }

@@ -40,7 +40,9 @@ def orthogonalise(
 
     form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that, always in
     float32 (in bfloat16 it loses the small singular values). "auto" is "gram" for float32 matrices with n > 1.5 m, where it needs fewer
-    operations, and "standard" otherwise. dtype: of the operands of the standard form; products accumulate in float32 either way.
+    operations, and "standard" otherwise. dtype: of the operands of products with the m by n matrix, which are all of the standard form's
+    and the first and the last of the gram form's (in bfloat16 the faster one on a CPU without AMX, and nearer to float32 where no singular
+    value is small); products accumulate in float32 either way.
     batch: "map" takes the matrices one after the other (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
     so their sharding stays); None decides by the platform the program is lowered for.
     A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
@@ -55,7 +57,7 @@ def orthogonalise(
     factors = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
     solve = partial(_image, factors, x.shape[-2] > x.shape[-1])
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
-    x = lax.optimization_barrier(x.astype("float32" if gram else dtype))
+    x = lax.optimization_barrier(x.astype(dtype))
     if batch is None:
         batch = "map" if platform() == "cpu" else "vmap"
     _known("batch", batch, BATCHES)

@@ -17,7 +17,7 @@ from moe_jax.rl.program import RLProgram
 from moe_jax.rl.replay import SOURCES
 from moe_jax.rl.rewards import PARSES
 from moe_jax.train import tokenizers
-from moe_jax.train.run_config import aqn_text, parse_aqn
+from moe_jax.train.run_config import aqn_text, parse_aqn, with_aqn
 from moe_jax.train.state import Knobs
 from moe_jax.train.step import Objective
 
@@ -139,10 +139,7 @@ class RLConfig:
         spec = NoiseSpec.parse(self.noise)
         if self.aqn:
             table = parse_aqn(self.aqn).stage_table(self.steps)
-            added = parse_aqn(self.aqn).spec([sigma for first, sigma in table if first <= step][-1])
-            if twice := sorted(spec.by_site().keys() & added.by_site().keys()):
-                raise ConfigError(f"noise and aqn both act at {', '.join(twice)}; take it out of one of them")
-            spec = NoiseSpec(spec.sites | added.sites)
+            spec = with_aqn(spec, parse_aqn(self.aqn).spec([sigma for first, sigma in table if first <= step][-1]))
         return self.model.resolve(spec) if spec.sites else None
 
     def knobs(self, noise: Noise | None) -> Knobs:

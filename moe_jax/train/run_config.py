@@ -99,10 +99,7 @@ class RunConfig:
         aqn = parse_aqn(self.aqn)
         sites = aqn.spec(dict(self._stages())[self.stage(update)]).sites
         added = NoiseSpec({site: dataclasses.replace(value, phases=("train",)) for site, value in sites.items()})
-        twice = sorted(noise.by_site().keys() & added.by_site().keys())
-        if twice:
-            raise ConfigError(f"noise and aqn both act at {', '.join(twice)}; take it out of one of them")
-        return NoiseSpec(noise.sites | added.sites)
+        return with_aqn(noise, added)
 
     def knobs(self, update: int = 0) -> Knobs:
         """The values that the compiled program takes in an update, numbered from 0."""
@@ -138,6 +135,14 @@ def parse_aqn(text: str) -> AQN:
         raise ConfigError(
             f"cannot read AQN {text!r}: {why}; write VARIANT:START:END:STAGES, e.g. qerl_code:1e-2:1e-4:10:reach=experts"
         ) from None
+
+
+def with_aqn(noise: NoiseSpec, added: NoiseSpec) -> NoiseSpec:
+    """Both. Raises ConfigError where they share a site."""
+    twice = sorted(noise.by_site().keys() & added.by_site().keys())
+    if twice:
+        raise ConfigError(f"noise and aqn both act at {', '.join(twice)}; take it out of one of them")
+    return NoiseSpec(noise.sites | added.sites)
 
 
 def aqn_text(aqn: AQN) -> str:

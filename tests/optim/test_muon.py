@@ -49,7 +49,8 @@ SPECTRA = {
 # Largest error of an entry relative to the largest entry. Five steps multiply small singular values by up to 3.4^5 = 480, and rounding with
 # them: float32 (6e-8) then gives some 3e-5. The Gram matrix holds squares, so values below 1e-3 of the largest lose digits there. bfloat16
 # (4e-3) has nothing right about singular values below a hundredth, so only spectra without them are compared with a number.
-TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standard", "bfloat16"): 0.15}
+# The gram form rounds the matrix and its last factor alone: a tenth of that, but the norm may end a little higher (1.36 here).
+TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standard", "bfloat16"): 0.15, ("gram", "bfloat16"): 0.015}
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -60,7 +61,7 @@ def test_against_float64(name, form, dtype, tall):
     got = np.asarray(orthogonalise(x, form=form, dtype=dtype))
     want = reference(x)
     assert got.dtype == np.float32 and np.isfinite(got).all()
-    assert np.linalg.norm(got, 2) < 1.3
+    assert np.linalg.norm(got, 2) < (1.4 if (form, dtype) == ("gram", "bfloat16") else 1.3)
     if dtype == "float32" or name in ("random", "large", "tiny", "zero"):
         assert np.abs(got - want).max() <= TOLERANCES[form, dtype] * np.abs(want).max()
 
@@ -89,13 +90,14 @@ def test_a_stack_is_its_matrices_one_by_one(form, dtype, batch, shape):
         np.testing.assert_allclose(one, reference(matrix), atol=TOLERANCES[form, dtype])
 
 
+@pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(2, 384, 192), (384, 192), (2, 192, 384), (2, 64, 8)])
-def test_bfloat16_between_transposes(shape):
+def test_bfloat16_between_transposes(shape, form):
     """XLA:CPU has no bfloat16 product with a transposed layout; it used to choose one when a transpose came before or after."""
     x = jnp.asarray(normal(4, *shape))
-    got = jax.jit(lambda x: 2 * muon.orthogonalise(x.mT, form="standard", dtype="bfloat16", batch=None).mT)(x)
+    got = jax.jit(lambda x: 2 * muon.orthogonalise(x.mT, form=form, dtype="bfloat16", batch=None).mT)(x)
     want = 2 * orthogonalise(x, form="standard")
-    assert float(jnp.abs(got - want).max()) < TOLERANCES["standard", "bfloat16"] * float(jnp.abs(want).max())
+    assert float(jnp.abs(got - want).max()) < TOLERANCES[form, "bfloat16"] * float(jnp.abs(want).max())
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,7 @@ def test_accelerators_do_not_merge_the_stack_axes():
     [
         *((form, "float32", 2e-6, shape) for form in ("standard", "gram") for shape in ((3, 8, 24), (24, 8))),
         ("standard", "bfloat16", 0.02, (3, 8, 24)),
+        ("gram", "bfloat16", 0.02, (3, 8, 24)),
     ],
 )
 @pytest.mark.parametrize("steps", [1, 5])
