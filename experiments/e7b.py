@@ -214,7 +214,7 @@ def prepare(size: Size, shop: Workshop, config: RLConfig) -> RLConfig:
 
 
 def _design(preset: str, size: Size) -> Design:
-    varied = ("noise", "aqn", "replay", "start", "init_seed", "data_seed", "sample_seed", "noise_seed", "model", "objective")
+    varied = ("noise", "aqn", "replay", "start", "init_seed", "data_seed", "sample_seed", "noise_seed", "model", "objective", "sample_rows")
     fixed = {name: value for name, value in config_dict(size.run).items() if name not in varied}
     cells = [{"model": model, "arm": arm} for model in size.models for arm in ARMS[model]]
     return Design(

@@ -59,6 +59,7 @@ def _recipe() -> RLConfig:
         accumulation=8,
         prompt_tokens=r.prompt_tokens,
         response_tokens=r.response_tokens,
+        sample_rows=256,
         temperature=r.temperature,
         top_p=r.top_p,
         overlong_from=r.overlong_from,

@@ -47,6 +47,7 @@ class RLConfig:
     accumulation: int = 1
     prompt_tokens: int = 10  # longer prompts lose their beginning
     response_tokens: int = 18
+    sample_rows: int = 0  # answers sampled at a time, which decides the memory and no number; 0: all of a step
     temperature: float = 1.0
     top_p: float = 1.0  # below 1 the importance ratios are of another distribution than was sampled from
     parse: str = "strict"  # how an answer is read; see moe_jax.rl.rewards
@@ -73,7 +74,7 @@ class RLConfig:
 
     def __post_init__(self):
         least = {"steps": 1, "prompts": 1, "samples": 2, "mini_batches": 1, "accumulation": 1, "prompt_tokens": 1, "response_tokens": 1}
-        least |= {"eval_problems": 1, "eval_samples": 0, "eval_every": 1, "checkpoint_every": 0, "overlong_from": 0}
+        least |= {"eval_problems": 1, "eval_samples": 0, "eval_every": 1, "checkpoint_every": 0, "overlong_from": 0, "sample_rows": 0}
         for field, lowest in least.items():
             if getattr(self, field) < lowest:
                 raise ConfigError(f"{field} must be at least {lowest}, got {getattr(self, field)}")
@@ -81,6 +82,8 @@ class RLConfig:
             raise ConfigError(
                 f"prompts x samples = {self.answers} answers do not divide into {self.mini_batches} mini-batches of {self.accumulation} parts"
             )
+        if self.sample_rows and self.answers % self.sample_rows:
+            raise ConfigError(f"sample_rows={self.sample_rows} does not divide the {self.answers} answers of a step")
         if self.eval_problems > self.answers and self.eval_problems % self.answers:
             raise ConfigError(
                 f"eval_problems={self.eval_problems} must be a multiple of the {self.answers} answers that are sampled at a time"
@@ -119,6 +122,11 @@ class RLConfig:
     def answers(self) -> int:
         """Of one step."""
         return self.prompts * self.samples
+
+    @property
+    def at_once(self) -> int:
+        """Answers that are sampled by one call of the program."""
+        return self.sample_rows or self.answers
 
     @property
     def rows(self) -> int:

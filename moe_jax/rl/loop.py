@@ -127,10 +127,9 @@ class _Loop:
         config = self.config
         problems = self.problems(step)
         noise, began = config.noise_of(step), time.monotonic()
-        answers, cut = self.answers(
+        host, cut = self.answers(
             problems, "rollout", noise, step, _seed(config.sample_seed, "train", step), config.temperature, config.top_p
         )
-        host = jax.device_get(answers)
         sampled = time.monotonic()
         given, right = self.rewards(problems, host)
         scored = time.monotonic()
@@ -238,26 +237,25 @@ class _Loop:
             tokens = self._placed(host.tokens[cut])
             found.append(jax.device_get(self.program.score(params, tokens, acting, draw, replay)))
         counts = jax.tree.map(lambda *parts: sum(parts), *(one.replay for one in found))
-
-        def joined(name: str) -> Any:
-            parts = [getattr(one, name) for one in found]
-            return None if parts[0] is None else np.concatenate(parts)
-
-        trace = None
-        if found[0].trace is not None:
-            ids, weights = (np.concatenate([getattr(one.trace, name) for one in found], axis=1) for name in ("ids", "weights"))
-            trace = RoutingTrace(ids, weights, found[0].trace.layer_index)
-        return Scored(joined("log_probs"), joined("entropy"), joined("router_entropy"), trace, {}), counts
+        return joined([dataclasses.replace(one, replay={}) for one in found]), counts
 
     def answers(
-        self, problems: list[Problem], phase: str, noise, step: int, seed: int, temperature: float, top_p: float, first: int = 0
+        self,
+        problems: list[Problem],
+        phase: str,
+        noise: Noise | None,
+        step: int,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        first: int = 0,
+        routes: bool = True,
     ) -> tuple[Answers, float]:
-        """An answer to each problem; the share of prompts that were too long and lost their beginning.
+        """An answer to each problem, on the host; the share of prompts that were too long and lost their beginning.
 
-        first: the number of the first problem, by which its noise is drawn.
+        Answers are sampled `at_once` at a time, which no token depends on. first: the number of the first problem, by which draws are made.
         """
-        config, task = self.config, self.task
-        width = config.prompt_tokens
+        config, task, width = self.config, self.task, self.config.prompt_tokens
         prompts = [task.encode(problem.prompt) for problem in problems]
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -265,9 +263,13 @@ class _Loop:
         lengths = np.array([min(len(prompt), width) for prompt in prompts], np.int32)
         how = (np.float32(temperature), np.float32(top_p), np.array(task.stop, np.int32), np.uint32(seed))
         acting = None if noise is None else noise.in_phase(phase)
-        arrays = (self._placed(tokens), self._placed(lengths))
-        found = self.program.sample(self.state.params, *arrays, acting, self._draw(step, phase, first), how)
-        return found, float(np.mean([len(prompt) > width for prompt in prompts]))
+        found = []
+        for begin in range(0, len(prompts), config.at_once):
+            part = slice(begin, begin + config.at_once)
+            arrays = (self._placed(tokens[part]), self._placed(lengths[part]))
+            answers = self.program.sample(self.state.params, *arrays, acting, self._draw(step, phase, first + begin), how)
+            found.append(jax.device_get(answers if routes else dataclasses.replace(answers, trace=None)))
+        return joined(found), float(np.mean([len(prompt) > width for prompt in prompts]))
 
     def rewards(self, problems: list[Problem], host: Answers) -> tuple[np.ndarray, np.ndarray]:
         """(reward, whether right) of each answer."""
@@ -318,12 +320,11 @@ class _Loop:
         config = self.config
         problems = getattr(self.task, config.eval_split)
         right, lengths = [], []
-        for first in range(0, config.eval_problems, config.answers):
-            some_problems = [problems[index] for index in range(first, min(first + config.answers, config.eval_problems))]
-            asked = some_problems + [some_problems[-1]] * (config.answers - len(some_problems))
-            seed = _seed(config.sample_seed, what, step, first)
-            answers, _ = self.answers(asked, "eval", noise, step, seed, temperature, top_p, first)
-            host = jax.device_get(dataclasses.replace(answers, trace=None))
+        seed = _seed(config.sample_seed, what, step)
+        for first in range(0, config.eval_problems, config.at_once):
+            some_problems = [problems[index] for index in range(first, min(first + config.at_once, config.eval_problems))]
+            asked = some_problems + [some_problems[-1]] * (config.at_once - len(some_problems))
+            host, _ = self.answers(asked, "eval", noise, step, seed, temperature, top_p, first, routes=False)
             right += self.rewards(asked, host)[1][: len(some_problems)].tolist()
             lengths += (host.lengths - host.prompt_lengths)[: len(some_problems)].tolist()
         return float(np.mean(right)), float(np.mean(lengths))
@@ -333,6 +334,16 @@ class _Loop:
 
     def _placed(self, rows: Any) -> Any:
         return self.program.place({"rows": rows}, len(rows))["rows"]
+
+
+def joined(parts: list[Any]) -> Any:
+    """Answers, or what was scored, of several calls as one."""
+    traces = [part.trace for part in parts]
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(dataclasses.replace(part, trace=None) for part in parts))
+    if traces[0] is None:
+        return whole
+    ids, weights = (np.concatenate([getattr(trace, name) for trace in traces], axis=1) for name in ("ids", "weights"))
+    return dataclasses.replace(whole, trace=RoutingTrace(ids, weights, traces[0].layer_index))
 
 
 def _empty(config: RLConfig) -> Batch:

@@ -15,7 +15,7 @@ from moe_jax.train.run_config import RunConfig
 
 
 class PolicyShapes(Shapes):
-    """A step's whole answers are sampled in one program, which evaluation calls too; `score` is the pass before the updates, a micro-batch of them."""
+    """Whole answers are sampled in one program, as many as `at_once`; `score` is the pass before the updates, over a micro-batch of them."""
 
     steps = ("train", "score", "sample")
     among_training = ("score", "sample")
@@ -25,7 +25,10 @@ class PolicyShapes(Shapes):
     @staticmethod
     def batches(config: RunConfig) -> str:
         rl = config.rl  # type: ignore[attr-defined]
-        return f"sampling: {rl.answers} answers of at most {rl.response_tokens} tokens to prompts of {rl.prompt_tokens}; scoring: {rl.rows} answers"
+        return (
+            f"sampling: {rl.at_once} of {rl.answers} answers of at most {rl.response_tokens} tokens to prompts of {rl.prompt_tokens}; "
+            f"scoring: {rl.rows} answers"
+        )
 
     def beside(self, step: str) -> int:
         """The optimizer's state, and the reference policy where there is one."""
@@ -38,7 +41,8 @@ class PolicyShapes(Shapes):
         return self.program.score.lower(self.model.abstract(), tokens, self._knobs().noise, draw_of("old_logprob"), None)
 
     def sample(self) -> Any:
-        prompts, lengths = self._tokens((self.config.rl.answers, self.config.rl.prompt_tokens)), self._tokens((self.config.rl.answers,))
+        rl = self.config.rl
+        prompts, lengths = self._tokens((rl.at_once, rl.prompt_tokens)), self._tokens((rl.at_once,))
         return self.program.sample.lower(self.model.abstract(), prompts, lengths, self._knobs().noise, draw_of("rollout"), any_sampling())
 
 

@@ -1,6 +1,7 @@
 """The matrix of seed 004: its arms, what they noise and replay, that its claims are read off as the rule says, and a run of it end to end."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from moe_jax.rl.planned import PolicyRun
 from moe_jax.studies import Ledger, report, stats
 from moe_jax.studies.ledger import Run
 from moe_jax.studies.run import run_study
+
+RESULTS = Path(__file__).parents[2] / "results" / "e7b_mini"
 
 
 def scales(model, arm, phase):
@@ -38,6 +41,10 @@ def test_presets_are_whole(preset):
     text = preview(experiment)
     assert design.rule in text and "cost" in text
     assert PolicyRun.of(configs[0]).data.seq_len == configs[0].length
+
+
+def test_the_committed_study_can_be_gone_on_with():
+    assert Ledger.read(RESULTS).design.digest() == load("e7b:mini").design.digest()
 
 
 def test_seeds_that_were_tuned_on_are_not_reported():

@@ -25,6 +25,7 @@ DENSE = MODEL.replace(num_layers=1)
         (dict(samples=1), "samples must be at least 2, got 1"),
         (dict(mini_batches=5), r"prompts x samples = 12 answers do not divide into 5 mini-batches of 1 parts"),
         (dict(accumulation=3), r"12 answers do not divide into 3 mini-batches of 3 parts"),
+        (dict(sample_rows=5), "sample_rows=5 does not divide the 12 answers of a step"),
         (dict(eval_problems=13), "eval_problems=13 must be a multiple of the 12 answers"),
         (dict(response_tokens=7), r"prompt_tokens \+ response_tokens = 13 exceeds model.max_seq_len=12; raise it or lower them"),
         (dict(overlong_from=6), "overlong_from=6 must be below response_tokens=6"),

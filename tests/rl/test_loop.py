@@ -360,12 +360,12 @@ def test_no_problem_comes_twice_before_all_came_once():
 
 
 def test_no_two_samplings_share_their_randomness(monkeypatch):
-    """Seeds of every step's answers and of every evaluation's, in two chunks, greedy and twice sampled: all differ, also between runs."""
+    """Seeds and first rows of every step's answers and of every evaluation's, in two chunks, greedy and twice sampled: all differ, also between runs."""
     config, seeds, real = replace(CONFIG, eval_problems=24, eval_samples=2), [], loop._Loop.answers
 
-    def answers(self, problems, phase, noise, step, seed, *how):
-        seeds.append(seed)
-        return real(self, problems, phase, noise, step, seed, *how)
+    def answers(self, problems, phase, noise, step, seed, temperature, top_p, first=0, **how):
+        seeds.append((seed, first))
+        return real(self, problems, phase, noise, step, seed, temperature, top_p, first, **how)
 
     monkeypatch.setattr(loop._Loop, "answers", answers)
     for sample_seed in (0, 1):
@@ -403,14 +403,15 @@ def test_noise_in_evaluation_is_reported_beside_none():
     assert noisy["eval/length"] == clean["eval/length"] != noisy["eval/length_noisy"]
 
 
-def test_each_held_out_problem_meets_its_own_noise():
-    """The lengths of 24 greedy answers are those of one chunk of 24 and of two chunks of 12."""
-    noise = "matmuls=relative:1.0:phases=eval"
-    lengths = []
-    for prompts in (3, 6):
-        config = replace(CONFIG, noise=noise, prompts=prompts, eval_problems=24)
-        lengths.append(loop._Loop(config, program_of(config), TASK)._accuracy(config.noise_of(0), 0, "greedy", 0.0, 1.0)[1])
-    assert lengths[0] == lengths[1]
+def test_no_number_depends_on_how_many_answers_are_sampled_at_a_time():
+    """A whole run with noise, 4 of 12 answers at a time; of its 9 held-out problems the last one is in a chunk that is filled up."""
+    config = replace(
+        CONFIG, noise="matmuls=relative:0.5:phases=rollout+eval", replay="rollout", steps=1, eval_problems=9, checkpoint_every=0
+    )
+    whole, parts = (loop.run(one, program_of(one), TASK) for one in (config, replace(config, sample_rows=4)))
+    for name, values in rows_of(whole).items():
+        np.testing.assert_allclose(rows_of(parts)[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert whole.metrics["length_noisy"] != whole.metrics["length"]
 
 
 def test_long_prompts_lose_their_beginning():
