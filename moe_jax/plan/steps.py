@@ -132,8 +132,9 @@ class Shapes:
 
     def beside(self, step: str) -> int:
         """Bytes of one device: of the run's state, what the step has no part in."""
-        return self._bytes(self._state()) - self._bytes(self._state().params) if step in self.among_training else 0
+        return self._bytes(self._state) - self._bytes(self._state.params) if step in self.among_training else 0
 
+    @functools.cached_property
     def _state(self) -> Any:
         return jax.tree.map(self._at, jax.eval_shape(self.program.init, np.uint32(0)), self.program.shardings)
 
@@ -142,7 +143,7 @@ class Shapes:
 
     def train(self) -> Any:
         batch = jax.tree.map(lambda leaf: self._tokens(leaf.shape, 1, leaf.dtype), self.config.train_batch())
-        return self.program.train.lower(self._state(), batch, self._knobs())
+        return self.program.train.lower(self._state, batch, self._knobs())
 
     def evaluate(self) -> Any:
         shape = (self.config.eval_batch, self.config.data.seq_len)
@@ -190,6 +191,7 @@ class Shapes:
 
 
 def draw_of(phase: str) -> Draw:
+    """A draw of noise in a phase."""
     return Draw(seed=np.uint32(0), step=np.uint32(0), phase=phase, row_offset=np.uint32(0))  # type: ignore[arg-type]
 
 

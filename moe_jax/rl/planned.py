@@ -33,7 +33,7 @@ class PolicyShapes(Shapes):
     def beside(self, step: str) -> int:
         """The optimizer's state, and the reference policy where there is one."""
         rl = self.config.rl
-        reference = self._bytes(self._state().params) if rl.replay == "reference" or rl.policy.kl_weight else 0
+        reference = self._bytes(self._state.params) if rl.replay == "reference" or rl.policy.kl_weight else 0
         return reference + super().beside(step)
 
     def score(self) -> Any:
