@@ -84,7 +84,8 @@ def _run(experiment, workdir: Path, shared: Path, mesh) -> int:
             )
             words = {"train": "training", "evaluate": "evaluation", "init": "initialisation", "sample": "sampling", "score": "scoring"}
             programs = ", ".join(f"{outcome.compiled[name]} for {word}" for name, word in words.items() if outcome.compiled[name])
-            say(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s; programs compiled: {programs}\n")
+            compiled = f"; programs compiled: {programs}" if programs else ""  # a study that measures counts none
+            say(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s{compiled}\n")
         else:
             say(f"{experiment.name}: nothing to do, all {len(experiment.design.runs())} runs are in the ledger")
         on_first(lambda: _report(experiment, workdir, report))

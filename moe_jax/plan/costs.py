@@ -60,9 +60,9 @@ def describe(config: RunConfig, names: tuple[str, ...] = USUAL) -> str:
             continue
         fast, slow = found.roofline.seconds(chip)
         run = fitted(config, found.mesh.size)
-        need = f"{name:<10} {found.mesh!s:<22} {found.memory.peak / 2**30:5.1f} GiB of {chip.limit / 2**30:.0f}"
+        need = f"{name:<10} {found.mesh!s:<25} {found.memory.peak / 2**30:5.1f} GiB of {chip.limit / 2**30:.0f}"
         time = f"{run.data.batch_size} x {run.data.seq_len} tokens in {fast:.2f} to {slow:.2f} s"
         lines.append(
-            f"{need}, {time}; {config.updates:,} updates in {fast * config.updates / 60:.0f} to {slow * config.updates / 60:.0f} min"
+            f"{need}, {time}; {config.updates:,} updates in {fast * config.updates / 60:.1f} to {slow * config.updates / 60:.1f} min"
         )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class Analysis:
     finished: Mapping[RunKey, Run]
     failed: tuple[Run, ...]  # every failed run, also those made good later
     missing: tuple[tuple[dict[str, Level], int], ...]
-    time: Metric  # SECONDS, or MINUTES once a run takes two
+    time: Metric  # SECONDS, or MINUTES where most runs take two
     values: Mapping[str, ByCell]  # [metric][cell][seed]; `time` too, in its unit
     contrasts: Mapping[str, Contrast | None]  # by comparison; None while fewer than 2 seeds have all its cells
 
@@ -48,7 +49,7 @@ def analyse(design: Design, runs: Iterable[Run]) -> Analysis:
     """Analyses the rows of a ledger; a finished run counts whatever failed before it."""
     runs = tuple(runs)
     finished = {run.key: run for run in runs if run.status == "finished"}
-    time = MINUTES if any(run.seconds >= 120 for run in finished.values()) else SECONDS
+    time = MINUTES if finished and statistics.median(run.seconds for run in finished.values()) >= 120 else SECONDS
     values: dict[str, dict[CellKey, dict[int, float]]] = {}
     for cell, seed in design.runs():
         if (run := finished.get((cell_key(cell), seed))) is not None:

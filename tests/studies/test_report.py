@@ -276,7 +276,7 @@ def test_one_factor_at_a_time_designs_are_reported_too(tmp_path, seed_design):
         ledger.append(Run(cell, seed, metrics={"loss|nats": float(seed + (cell["gate"] == "frozen"))}, seconds=240.0))
     paths = report.build(tmp_path)
     markdown = paths.markdown.read_text()
-    assert "| 0.0 | 0.01 | frozen | 44.00 ± 1.00 (0.82) | 4.00 ± 0.00 | 3 |" in markdown  # minutes once a run takes two
+    assert "| 0.0 | 0.01 | frozen | 44.00 ± 1.00 (0.82) | 4.00 ± 0.00 | 3 |" in markdown  # minutes where most runs take two
     assert "gate frozen instead of muon at noise_std 0.0, balance_weight 0.01 raises loss|nats by 1.00 nat [1.00, 1.00] (n" in markdown
     assert "loss\\|nats" in markdown  # a bar in a name does not break the table
 
@@ -285,6 +285,11 @@ def test_provenance_that_differs_between_runs_is_shown(seed_design, seed_runs):
     runs = [dataclasses.replace(r, provenance={"device": "gpu" if r.seed == 43 else "cpu"}) for r in seed_runs]
     table = tables.provenance(analyse(seed_design, runs))
     assert table.rows == (("device", "2 values: cpu (12 runs), gpu (6 runs)"),)
+
+
+def test_one_long_run_makes_no_column_of_minutes(seed_design, seed_runs):
+    runs = [dataclasses.replace(run, seconds=240.0 if number == 0 else 0.2) for number, run in enumerate(seed_runs)]
+    assert analyse(seed_design, runs).time.unit == "s"
 
 
 def test_console_table(seed_design, seed_runs):
