@@ -53,7 +53,7 @@ def orthogonalise(
     if x.ndim < 2:
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
-    gram = form == "gram" or (form == "auto" and dtype == "float32" and n > 1.5 * m)
+    gram = takes_gram(form, dtype, m, n)
     factors = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
     solve = partial(_image, factors, x.shape[-2] > x.shape[-1])
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
@@ -62,6 +62,11 @@ def orthogonalise(
         batch = "map" if platform() == "cpu" else "vmap"
     _known("batch", batch, BATCHES)
     return lax.optimization_barrier(_mapped(solve, x) if batch == "map" else solve(x))
+
+
+def takes_gram(form: str, dtype: str, m: int, n: int) -> bool:
+    """Whether matrices of m by n are orthogonalised in the Gram form; see `orthogonalise`."""
+    return form == "gram" or (form == "auto" and dtype == "float32" and n > 1.5 * m)
 
 
 def _image(factors: Callable[[jax.Array], tuple[jax.Array, jax.Array]], tall: bool, x: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ import dataclasses
 
 from moe_jax.mesh import MeshSpec
 from moe_jax.noise import NoiseSpec
-from moe_jax.optim.plan import LeafPlan
+from moe_jax.optim.muon import takes_gram
+from moe_jax.optim.plan import LeafPlan, OptimizerConfig
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.memory import Part, bytes_of, planned
 from moe_jax.train.run_config import RunConfig
@@ -183,24 +184,24 @@ class _Counts:
     def optimizer(self) -> Component:
         """Each leaf once through HBM, three times read and twice written; Newton-Schulz in float32, unless the config says otherwise."""
         config = self.config.optimizer
-        flops, traffic = 0.0, 0.0
+        flops, exact, traffic = 0.0, 0.0, 0.0
         shards = self.mesh.size / self.mesh.data
         for leaf in planned(self.c, config):
             traffic += leaf.size / shards * self.store * (5 if leaf.label == "muon" else 7 if leaf.label == "adamw" else 0)
-            flops += _newton_schulz(leaf, config.ns_steps, config.ns_dtype) / self.mesh.size if leaf.label == "muon" else 0.0
-        exact = config.ns_dtype == "float32"
-        return Component("optimizer", 0.0 if exact else flops, flops if exact else 0.0, 0.0, 3 * traffic, 0.0)
+            if leaf.label == "muon":
+                wide, square = (part / self.mesh.size for part in _newton_schulz(leaf, config))
+                low = 0.0 if config.ns_dtype == "float32" else wide
+                flops, exact = flops + low, exact + wide + square - low
+        return Component("optimizer", flops, exact, 0.0, 3 * traffic, 0.0)
 
     def _each(self, name: str, layers: int, flops: float, noise: float, traffic: float, sent: float) -> Component:
         return Component(name, layers * flops, 0.0, layers * noise, layers * traffic, layers * sent)
 
 
-def _newton_schulz(leaf: LeafPlan, steps: int, dtype: str) -> float:
-    """Operations on all matrices of a leaf, in the form that moe_jax.optim.muon takes."""
+def _newton_schulz(leaf: LeafPlan, config: OptimizerConfig) -> tuple[float, float]:
+    """Operations on all matrices of a leaf, in the form that moe_jax.optim.muon takes: in the config's type, and in float32 whatever it is."""
     rows, columns = (leaf.shape[axis] for axis in leaf.dimension_numbers)  # type: ignore[union-attr,index]
-    m, n = sorted((rows, columns))
-    if dtype == "float32" and n > 1.5 * m:
-        each = 4 * m * m * n + 2 * m**3 * (4 * steps - 3)
-    else:
-        each = steps * (4 * m * m * n + 2 * m**3)
-    return each * leaf.size / (rows * columns)
+    (m, n), steps, count = sorted((rows, columns)), config.ns_steps, leaf.size / (rows * columns)
+    if takes_gram(config.ns_form, config.ns_dtype, m, n):
+        return 4 * m * m * n * count, 2 * m**3 * (4 * steps - 3) * count
+    return steps * (4 * m * m * n + 2 * m**3) * count, 0.0

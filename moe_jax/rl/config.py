@@ -85,9 +85,7 @@ class RLConfig:
         if self.sample_rows and self.answers % self.sample_rows:
             raise ConfigError(f"sample_rows={self.sample_rows} does not divide the {self.answers} answers of a step")
         if self.eval_problems > self.answers and self.eval_problems % self.answers:
-            raise ConfigError(
-                f"eval_problems={self.eval_problems} must be a multiple of the {self.answers} answers that are sampled at a time"
-            )
+            raise ConfigError(f"eval_problems={self.eval_problems} must be a multiple of the {self.answers} answers of a step")
         if self.length > self.model.max_seq_len:
             raise ConfigError(
                 f"prompt_tokens + response_tokens = {self.length} exceeds model.max_seq_len={self.model.max_seq_len}; raise it or lower them"

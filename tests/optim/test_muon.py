@@ -74,6 +74,13 @@ def test_the_forms_are_different_programs():
     assert products("standard") == 15 and products("gram") == 2 + 5 + 4 + 8
 
 
+def test_bfloat16_in_the_gram_form_is_the_first_and_the_last_product_alone():
+    """Counted by the type of the operands."""
+    jaxpr = jax.make_jaxpr(lambda x: muon.orthogonalise(x, form="gram", dtype="bfloat16", batch="vmap"))(jnp.zeros((8, 32)))
+    types = [str(equation.invars[0].aval.dtype) for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert types == ["bfloat16", *["float32"] * 17, "bfloat16"]
+
+
 def test_singular_values_end_near_one():
     got = np.linalg.svd(np.asarray(orthogonalise(normal(0, 3, 16, 64))), compute_uv=False)
     assert got.shape == (3, 16) and 0.6 < got.min() and got.max() < 1.3

@@ -97,6 +97,21 @@ def test_the_operations_of_a_step_are_six_for_each_active_parameter_and_token():
     assert 1.0 < found.model_flops / (6 * (active - embedding) * 4096) < 1.35
 
 
+def test_the_operations_of_newton_schulz_are_those_of_its_form():
+    """In the compute type and in float32, of the seed's 96 expert matrices and a few of its attention."""
+    found = {}
+    for form, dtype in (("auto", "float32"), ("auto", "bfloat16"), ("gram", "bfloat16"), ("standard", "float32")):
+        config = preset_run("seed_79m", 1)
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ns_form=form, ns_dtype=dtype))
+        part = next(part for part in roofline(config, MeshSpec()).components if part.name == "optimizer")
+        found[form, dtype] = part.flops, part.exact
+    assert found["auto", "float32"][0] == found["standard", "float32"][0] == found["auto", "bfloat16"][1] == 0
+    assert found["standard", "float32"][1] == found["auto", "bfloat16"][0] > found["auto", "float32"][1]
+    low, exact = found["gram", "bfloat16"]
+    experts = 96 * 384**2
+    assert experts * 4 * 1536 < low < 1.2 * experts * 4 * 1536 and experts * 34 * 384 < exact < 1.4 * experts * 34 * 384
+
+
 def test_noise_adds_arithmetic_and_nothing_that_is_sent():
     config = preset_run("qwen3_30b_a3b", 64)
     clean, noisy = (
