@@ -6,7 +6,9 @@
     python benchmarks/moe_ffn.py --skew 1.0 --reps 15 --only e8
 
 The ideal multiplies each expert's true number of rows: two products forward, two for the rows' gradients, two for the weights', nothing else. Rows are
-gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once.
+gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once. "in a loop"
+are as many operations in equal loads, one expert after another: XLA:CPU runs nothing of a loop's body beside anything else, and a small product on one
+core. blocked is a loop, since the loads are not known before it runs.
 Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
 """
 
@@ -66,6 +68,7 @@ def _compare(label: str, names: list[str], args, dtype):
     loads, experts_rows = _split(x, decision, matrices, dy)
     calls = {
         "ideal": (jax.jit(_matmuls), (experts_rows,)),
+        "in a loop": (jax.jit(functools.partial(_one_by_one, SHAPES[label]["K"])), (x, dy, matrices)),
         **{name: (_layer(name), (x, decision, matrices, dy)) for name in names},
     }
     compiled, memory, compile_s = {}, {}, {}
@@ -136,6 +139,23 @@ def _matmuls(parts):
         hidden, d_hidden = dot(x, up).astype(x.dtype), dot(dy, down.T).astype(x.dtype)
         out.append((dot(hidden, down), dot(d_hidden, up.T), dot(x.T, d_hidden), dot(hidden.T, dy)))
     return out
+
+
+def _one_by_one(slots, x, dy, matrices):
+    """The products of `_matmuls` for experts of equal load, each with the next rows of x and dy, in one loop; what is left over of the rows is left out."""
+    import jax
+    import jax.numpy as jnp
+
+    experts = matrices["up"].shape[0]
+    load = len(x) * slots // experts
+
+    def share(rows):
+        return jnp.tile(rows, (slots, 1))[: experts * load].reshape(experts, load, -1)
+
+    def one(part):
+        return _matmuls([part])[0]
+
+    return jax.lax.map(one, (share(x), share(dy), *(matrices[name].astype(x.dtype) for name in ("up", "down"))))
 
 
 def _layer(name: str):

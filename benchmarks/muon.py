@@ -6,9 +6,7 @@ For each stack of the seed model: milliseconds (median), GFLOP/s actually done, 
 float64 iteration (Frobenius norm of the difference over that of the result: random Gaussian matrices, and rank 64 plus 1e-3 of noise), and
 the stack's share of all the seed model's Newton-Schulz time. `--scale=0.25` takes a quarter of each stack.
 
-"gram, blocks" is kept here as a measurement, not in the library: it computes only the upper block triangle of every symmetric product (three
-row blocks, 28 % fewer operations) and mirrors it. On two AMX cores it saved some 10 % while other work left it one core, and lost 12 % when it
-had both; its error on nearly low-rank matrices is 14 times larger.
+The operations of "gram bf16" are those of a CPU, where the library computes three quarters of each symmetric product and mirrors the rest.
 """
 
 import argparse
@@ -20,39 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from moe_jax.optim import muon
 
 STACKS = ((6, 8, 384, 1536), (6, 8, 1536, 384), (6, 384, 1152))
-BLOCKS = 3
-
-
-def symmetric_product(a: tuple, b: tuple) -> tuple:
-    """A B for symmetric, commuting A and B given as row blocks: the blocks on and above the diagonal, the others by transposing."""
-    upper = {(i, j): a[i] @ b[j].T for i in range(BLOCKS) for j in range(i, BLOCKS)}
-    return tuple(jnp.concatenate([upper[i, j] if i <= j else upper[j, i].T for j in range(BLOCKS)], 1) for i in range(BLOCKS))
-
-
-def gram_blocks(x: jax.Array) -> jax.Array:
-    """The Gram form of one wide matrix with every symmetric product computed by halves."""
-    a, b, c = muon.COEFFICIENTS
-    rows = tuple(jnp.split(x, BLOCKS))
-    r, identity = symmetric_product(rows, rows), tuple(jnp.split(jnp.eye(x.shape[0]), BLOCKS))
-    scale = 1 / (jnp.sqrt(sum(jnp.sum(block * one) for block, one in zip(r, identity, strict=True))) + 1e-7)
-    r, q = tuple(block * scale**2 for block in r), None
-    for step in range(5):
-        p = tuple(a * one + b * block + c * square for one, block, square in zip(identity, r, symmetric_product(r, r), strict=True))
-        q = p if q is None else symmetric_product(p, q)
-        if step < 4:
-            r = symmetric_product(symmetric_product(p, r), p)
-    return (jnp.concatenate(q) * scale) @ x
-
-
-def blocks(x: jax.Array) -> jax.Array:
-    wide = x.mT if x.shape[-2] > x.shape[-1] else x
-    y = lax.map(gram_blocks, wide.reshape(-1, *wide.shape[-2:])).reshape(wide.shape)
-    return y if wide is x else y.mT
 
 
 def through_optax(x: jax.Array) -> jax.Array:
@@ -65,7 +34,6 @@ FORMS = {
     "standard bf16": partial(muon.orthogonalise, form="standard", dtype="bfloat16"),
     "gram f32": partial(muon.orthogonalise, form="gram"),
     "gram bf16": partial(muon.orthogonalise, form="gram", dtype="bfloat16"),
-    "gram f32, blocks": blocks,
     "optax f32": through_optax,
 }
 
@@ -73,13 +41,12 @@ FORMS = {
 def operations(name: str, shape: tuple[int, ...]) -> float:
     """Floating-point operations of the matrix products in one call."""
     m, n = sorted(shape[-2:])
-    count, half = np.prod(shape[:-2]), (BLOCKS + 1) / (2 * BLOCKS)
     each = 5 * (4 * m**2 * n + 2 * m**3)
-    if "gram" in name:
+    if name == "gram f32":
         each = 4 * m**2 * n + 34 * m**3
-    if "blocks" in name:
-        each = half * (2 * m**2 * n + 34 * m**3) + 2 * m**2 * n
-    return float(count * each)
+    if name == "gram bf16":
+        each = 0.75 * (2 * m**2 * n + 34 * m**3) + 2 * m**2 * n
+    return float(np.prod(shape[:-2]) * each)
 
 
 def reference(x: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def orthogonalise(
     operations, and "standard" otherwise. dtype: of the operands of products with the m by n matrix, which are all of the standard form's
     and the first and the last of the gram form's (in bfloat16 the faster one on a CPU without AMX, and nearer to float32 where no singular
     value is small); products accumulate in float32 either way.
-    batch: "map" takes the matrices one after the other (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
+    batch: "map" takes two matrices at a time (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
     so their sharding stays); None decides by the platform the program is lowered for.
     A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
     Source: Jordan et al. 2024, "Muon" (Frobenius pre-scaling, the quintic); Gram form: the same polynomial with R = X Xᵀ carried along.
@@ -54,7 +54,7 @@ def orthogonalise(
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
     gram = takes_gram(form, dtype, m, n)
-    factors = partial(_gram if gram else partial(_standard, dtype=dtype), steps=steps, coefficients=coefficients, eps=eps)
+    factors = partial(_gram if gram else _standard, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype)
     solve = partial(_image, factors, x.shape[-2] > x.shape[-1])
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
     x = lax.optimization_barrier(x.astype(dtype))
@@ -83,7 +83,11 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 
 def _mapped(solve: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    return lax.map(solve, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    if len(matrices) % 2:
+        return lax.map(solve, matrices).reshape(x.shape)
+    pairs = matrices.reshape(-1, 2, *x.shape[-2:])  # two chains of products, neither of which waits for the other
+    return lax.map(lambda pair: jnp.stack([solve(pair[0]), solve(pair[1])]), pairs).reshape(x.shape)
 
 
 def _known(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -99,6 +103,15 @@ def _product(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
     # writing b.mT, spares the CPU a copy that costs more than a bfloat16 product.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, (stack, stack)), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _symmetric(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
+    """`_product` of two matrices whose product is symmetric up to rounding: three quarters of it computed, the last one mirrored."""
+    half = a.shape[0] // 2
+    first, second = (b[:half], b[half:]) if transpose else (b[:, :half], b[:, half:])
+    side = _product(a[:half], second, transpose)
+    above = jnp.concatenate([_product(a[:half], first, transpose), side], 1)
+    return jnp.concatenate([above, jnp.concatenate([side.T, _product(a[half:], second, transpose)], 1)])
 
 
 def _prescale(r: jax.Array, eps: float) -> jax.Array:
@@ -126,22 +139,25 @@ def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float]
     return _repeated(step, steps - 1, (factor(x, partial(_prescale, eps=eps)), x))
 
 
-def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float) -> tuple[jax.Array, jax.Array]:
+def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
     """The same polynomials as Q of Q X, and X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All are symmetric and commute."""
     a, b, c = coefficients
-    r = _product(x, x, transpose=True)
+    # Mirroring takes a tenth of the time off and multiplies the rounding of float32 by up to ten: nothing beside that of a bfloat16 matrix.
+    halves = dtype == "bfloat16" and x.ndim == 2 and x.shape[0] >= 256 and x.shape[0] % 2 == 0 and platform() == "cpu"
+    product = _symmetric if halves else _product
+    r = product(x, x, transpose=True)
     scale = _prescale(r, eps)
     r = r * scale**2
     identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
 
     def factor(r):
-        return a * identity + b * r + c * _product(r, r)
+        return a * identity + b * r + c * product(r, r)
 
     def step(carry):
         p, r, q = carry
-        r = _product(_product(p, r), p)
+        r = product(product(p, r), p)
         p = factor(r)
-        return p, r, _product(p, q)
+        return p, r, product(p, q)
 
     p = factor(r)
     return _repeated(step, steps - 1, (p, r, p))[2] * scale, x

@@ -81,6 +81,22 @@ def test_bfloat16_in_the_gram_form_is_the_first_and_the_last_product_alone():
     assert types == ["bfloat16", *["float32"] * 17, "bfloat16"]
 
 
+@pytest.mark.parametrize("shape", [(2, 256, 640), (640, 256)])
+def test_a_cpu_mirrors_large_symmetric_products(shape):
+    """Three quarters of each of the 18 that are symmetric, where the matrix is bfloat16; a whole stack at once, as on an accelerator, multiplies in full."""
+
+    def program(batch, dtype="bfloat16"):
+        return lambda x: muon.orthogonalise(x, form="gram", dtype=dtype, batch=batch)
+
+    def products(function):
+        return str(jax.make_jaxpr(function)(jnp.zeros((1, *shape[-2:])))).count("dot_general")
+
+    assert products(program("map")) == 3 * 18 + 1 and products(program("map", "float32")) == products(program("vmap")) == 19
+    x = jnp.asarray(normal(5, *shape))
+    got, want = (np.asarray(jax.jit(program(batch))(x[None])) for batch in ("map", "vmap"))
+    assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+
+
 def test_singular_values_end_near_one():
     got = np.linalg.svd(np.asarray(orthogonalise(normal(0, 3, 16, 64))), compute_uv=False)
     assert got.shape == (3, 16) and 0.6 < got.min() and got.max() < 1.3
