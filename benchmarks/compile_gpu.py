@@ -122,7 +122,7 @@ class Step:
 
 
 def grouped_operations(text: str) -> float:
-    """Operations of the products that lax.ragged_dot became, in HLO text; loops count as often as they go round."""
+    """Operations of the grouped products (lax.ragged_dot, or ours) in HLO text; loops count as often as they go round."""
     from moe_jax.plan import hlo
 
     computations, entry = hlo._computations(text)
@@ -134,7 +134,9 @@ def grouped_operations(text: str) -> float:
         for line in computations[name]:
             if match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line):
                 shapes[match[1]] = [int(size) for size in match[2].split(",") if size]
-            if "ragged_dot" in line and (product := re.search(r" dot\(%?([\w.\-]+),.*lhs_contracting_dims=\{([\d,]+)\}", line)):
+            if re.search("ragged_dot|product_by_group", line) and (
+                product := re.search(r" dot\(%?([\w.\-]+),.*lhs_contracting_dims=\{([\d,]+)\}", line)
+            ):
                 summed = math.prod(shapes[product[1]][int(axis)] for axis in product[2].split(","))
                 found += 2.0 * count * math.prod(shapes[match[1]]) * summed
     return found

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.dots import dot
 from moe_jax.manual import total, vary_like
+from moe_jax.platforms import platform
 
 _TILE = 512  # rows at a time of a grouped weight gradient
 
@@ -102,12 +103,43 @@ def outer_by_group(a: Float[Array, "R M"], b: Float[Array, "R N"], sizes: Int[Ar
     return lax.map(one_group, (ends - sizes, ends))
 
 
+def product_by_group(a: Float[Array, "R M"], w: Float[Array, "G M N"], sizes: Int[Array, "G"]) -> Float[Array, "R N"]:
+    """a @ w in float32 with a matrix for each group of rows, which lie one after the other; rows of no group come out as anything.
+
+    For GPUs, where XLA makes of lax.ragged_dot a product of every row with every group's matrix (benchmarks/compile_gpu.py; G times the operations): one
+    batched product of tiles, each of one group, all of the same number of rows. At most a tile in each group is not full, so about twice the operations,
+    and each tile brings its matrix along.
+    """
+    count, groups = len(a), len(sizes)
+    tile = next(size for size in (1024, 512, 256, 128, 64, 0) if size <= count // groups) or min(64, count)
+    ends, needed = jnp.cumsum(sizes), -(-sizes // tile)
+    begins, last = ends - sizes, jnp.cumsum(needed)
+    first = last - needed  # each group's first tile
+    index = jnp.arange(count // tile + groups)
+    group = jnp.minimum(jnp.searchsorted(last, index, side="right"), groups - 1)
+    source = (begins[group] + (index - first[group]) * tile)[:, None] + jnp.arange(tile)
+    with jax.named_scope("product_by_group"):
+        out = lax.dot_general(
+            a[jnp.clip(source, 0, count - 1)], w[group], (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
+        ).reshape(-1, w.shape[-1])
+    row = jnp.arange(count)
+    mine = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
+    place = row - begins[mine]
+    return out[jnp.clip((first[mine] + place // tile) * tile + place % tile, 0, len(out) - 1)]
+
+
+def _by_group(a, w, sizes):
+    if platform() == "gpu":
+        return product_by_group(a, w, sizes)
+    return lax.ragged_dot(a, w, sizes, preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(how: _How, x, w, operator, rows, sizes, first):
     def multiply(a, b):
         if sizes is None:
             return how.dot(a, b, a.ndim - 1, b.ndim + how.axis)
-        return lax.ragged_dot(a, b, sizes, preferred_element_type=jnp.float32)
+        return _by_group(a, b, sizes)
 
     return product(operator, "forward", rows, x, w.astype(x.dtype), multiply, how.axis)
 
@@ -123,7 +155,7 @@ def _backward(how: _How, saved, dy):
     def times_transpose(a, b):
         if sizes is None:
             return how.dot(a, b, a.ndim - 1, b.ndim - 3 - how.axis)
-        return lax.ragged_dot(a, b.swapaxes(-1, -2), sizes, preferred_element_type=jnp.float32)
+        return _by_group(a, b.swapaxes(-1, -2), sizes)
 
     def transpose_times(a, b):
         if sizes is not None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.products import matmul, outer_by_group, partial_sums, product, sum_count, weight_gradient
+from moe_jax.platforms import tracing_for
+from moe_jax.products import matmul, outer_by_group, partial_sums, product, product_by_group, sum_count, weight_gradient
 
 RANDOM = np.random.default_rng(0)
 SIZES = np.array([2, 0, 3, 1])  # rows of each group; the second has none
@@ -122,6 +123,35 @@ def test_without_an_operator_everything_is_exact():
     np.testing.assert_array_equal(product(None, "forward", None, a, b, jnp.dot), a @ b)
     sums = partial_sums(None, a, b, jnp.dot)
     assert len(sums) == sum_count(None) == 1 and weight_gradient(None, sums, b) is sums[0]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(200, 0, 99, 1), (64, 64, 128, 44), (0, 0, 0, 300), (0, 0, 0, 0), (65, 63, 1, 0), (7,), (3, 2, 1, 0, 1), (0, 300)]
+)
+def test_product_by_group_multiplies_each_row_by_its_groups_matrix(sizes):
+    """Exactly, in tiles that end inside, at and beyond a group's end; the rows after the last group's may hold anything and come out as anything."""
+    total, count = sum(sizes), max(300 if len(sizes) < 5 and sum(sizes) != 7 else 7, sum(sizes))
+    a = np.full((count, 5), np.nan, np.float32)
+    a[:total], w = RANDOM.integers(-8, 9, (total, 5)), RANDOM.integers(-8, 9, (len(sizes), 5, 7)).astype(np.float32)
+    found = jax.jit(product_by_group)(jnp.asarray(a), jnp.asarray(w), jnp.array(sizes))
+    assert found.shape == (count, 7) and found.dtype == jnp.float32
+    want = np.einsum("rm,rmn->rn", a[:total], w[np.repeat(np.arange(len(sizes)), sizes)])
+    np.testing.assert_array_equal(found[:total], want)
+
+
+def test_a_gpu_takes_the_tiles_and_others_ragged_dot():
+    x, w, dy, options = case("grouped")
+    want = jax.vjp(lambda x, w: matmul(x, w, **options), x, w)
+
+    def program():
+        return str(jax.make_jaxpr(lambda x, w: jax.vjp(lambda x, w: matmul(x, w, **options), x, w)[1](dy))(x, w))
+
+    assert program().count("ragged_dot") > 0
+    with tracing_for("gpu"):
+        assert "ragged_dot" not in program()
+        got = jax.vjp(lambda x, w: matmul(x, w, **options), x, w)
+        for ours, theirs in zip((got[0], *got[1](dy)), (want[0], *want[1](dy)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("sizes", [(2, 0, 3, 1), (0, 0, 0, 0), (9, 0, 0, 2), (0, 4, 0, 7), (1, 1, 1, 1)])
