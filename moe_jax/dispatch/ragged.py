@@ -1,4 +1,4 @@
-"""Dispatch by sorting the assignments and multiplying all experts at once with `jax.lax.ragged_dot`: the form for GPUs and TPUs.
+"""Dispatch by sorting the assignments and multiplying all experts at once: the form for GPUs (by tiles) and TPUs (`jax.lax.ragged_dot`).
 
 No padding and no drop. Rows are sorted and put back by gathers in both directions, since a permutation's transpose is the inverse permutation.
 On a CPU XLA expands ragged_dot to a dense product per expert (8.7 times the ideal at 8 experts, 130 times at 128), so it is refused there unless forced.
