@@ -7,8 +7,8 @@
 
 The ideal multiplies each expert's true number of rows: two products forward, two for the rows' gradients, two for the weights', nothing else. Rows are
 gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once. "in a loop"
-are as many operations in equal loads, one expert after another: XLA:CPU runs nothing of a loop's body beside anything else, and a small product on one
-core. blocked is a loop, since the loads are not known before it runs.
+are as many operations in equal loads, one expert after another: in a loop XLA:CPU runs small products one by one, each on one core. blocked is a loop, since
+the loads are not known before it runs.
 Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
 """
 
