@@ -123,15 +123,12 @@ class Step:
 
 def grouped_operations(text: str) -> float:
     """Operations of the grouped products (lax.ragged_dot, or ours) in HLO text; loops count as often as they go round."""
-    from moe_jax.plan import hlo
+    from moe_jax.plan.hlo import executions
 
-    computations, entry = hlo._computations(text)
-    times = hlo.Counter()
-    hlo._visit(computations, entry, 1.0, times)
     found = 0.0
-    for name, count in times.items():
+    for count, lines in executions(text):
         shapes = {}
-        for line in computations[name]:
+        for line in lines:
             if match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line):
                 shapes[match[1]] = [int(size) for size in match[2].split(",") if size]
             if re.search("ragged_dot|product_by_group", line) and (

@@ -24,17 +24,22 @@ Totals = Mapping[str, tuple[float, float]]  # kind -> (how often, bytes)
 
 def collectives(text: str) -> tuple[Totals, Totals]:
     """(what always runs, what runs only where a buffer overflows): kind -> (times, bytes of results in all), on each device."""
-    computations, entry = _computations(text)
-    times: Counter[str] = Counter()
-    _visit(computations, entry, 1.0, times)
     found: tuple[dict, dict] = (defaultdict(lambda: (0.0, 0.0)), defaultdict(lambda: (0.0, 0.0)))
-    for name, count in times.items():
-        for line in computations[name]:
+    for count, lines in executions(text):
+        for line in lines:
             if match := _INSTRUCTION.search(line):
                 totals = found[FALLBACK in line]
                 often, size = totals[match[2]]
                 totals[match[2]] = often + count, size + count * _size(match[1], match[3] is not None)
     return dict(found[0]), dict(found[1])
+
+
+def executions(text: str) -> list[tuple[float, list[str]]]:
+    """How often each computation runs, and its lines."""
+    computations, entry = _computations(text)
+    times: Counter[str] = Counter()
+    _visit(computations, entry, 1.0, times)
+    return [(count, computations[name]) for name, count in times.items()]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -6,7 +6,6 @@ The loop owns files and clocks; what is computed is in step.py.
 import dataclasses
 import functools
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
@@ -258,12 +257,6 @@ def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
         metrics["val_perplexity_noisy"] = perplexity(last["loss_noisy"])
     tail = losses[-max(1, len(losses) // 10) :]
     return metrics | {"train_loss_end": sum(tail) / len(tail)}
-
-
-def peak_memory_gb() -> float:
-    """Peak memory in GB (1e9 bytes): of the accelerator where it tells, otherwise of this process since it started."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
 class Recorder:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -169,7 +168,6 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(data):
 def test_perplexity_is_cut_like_the_seeds():
     assert loop.perplexity(1.0) == pytest.approx(math.e)
     assert loop.perplexity(50.0) == math.exp(20.0)
-    assert loop.peak_memory_gb() > 0 and jax.devices()
 
 
 # --- where a run begins, what it replays and records, AQN ---------------------------------------------------------------------------
