@@ -91,10 +91,10 @@ RUNS: Mapping[str, Callable[[], RunConfig]] = {
     ),
     "quick": lambda: _QUICK,
     "small": lambda: RunConfig(
-        model=ModelConfig.preset("small"),
+        model=ModelConfig.preset("small", dtypes=DTypePolicy(compute="bfloat16")),
         data=DataConfig(source="wiki", tokenizer="bpe:4096", seq_len=256, batch_size=16),
-        optimizer=OptimizerConfig(warmup=20, total=400),
-        updates=400,
+        optimizer=OptimizerConfig(warmup=20, total=300, learning_rate=0.04, adamw_learning_rate=0.01, ns_dtype="bfloat16"),
+        updates=300,
         eval_batch=32,
         eval_every=100,
         checkpoint_every=100,
