@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quick
+# Runs at a time; each has a CPU device of its own, on which small products and passes over memory run beside the other's.
+LANES ?= 2
 # On glibc a CPU run keeps the memory it frees instead of faulting it in again; other systems ignore the variable.
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=17179869184
 
@@ -16,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 
 study: $(VENV)/.installed
 	$(BIN)/python -m launch.data --fetch=wiki
-	$(MEMORY) $(BIN)/python -m launch.study --experiment=noise_factorial:quick --workdir=$(WORKDIR)
+	$(MEMORY) $(BIN)/python -m launch.study --experiment=noise_factorial:quick --lanes=$(LANES) --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m "not slow"

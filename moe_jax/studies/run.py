@@ -252,9 +252,10 @@ class _Part:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
         with self.lock:
+            earlier = 0 if self.name in self.steps else step - 1  # a run that goes on begins after them
             self.steps[self.name] = step
             if tokens:
-                self.progress.update(self.steps.total(), metrics, tokens)
+                self.progress.update(self.steps.total(), metrics, tokens, earlier)
 
 
 def describe_devices() -> str:

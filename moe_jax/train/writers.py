@@ -198,12 +198,13 @@ class Progress(Closing):
         self._talks = distributed.first()
         self._bar = _bar(self._stream, label, total, start) if self._talks and self._stream.isatty() else None
 
-    def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
-        """Step `step` is done, with the few metrics to show; `tokens` is how many were processed since the last update."""
+    def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0, earlier: int = 0) -> None:
+        """Step `step` is done, with the few metrics to show. Since the last update: `tokens` processed; `earlier` of the steps by an earlier launch."""
         now = self._clock()
         if self._mark is None:
             self._mark = (step, now)
         else:
+            self._mark = (self._mark[0] + earlier, self._mark[1])
             self._tokens += tokens
         self._step = step
         self._line = self.text(metrics or {})

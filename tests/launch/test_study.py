@@ -47,10 +47,11 @@ def test_it_prints_what_it_found(unbroken):
     assert report.returncode == 0 and "Contrasts, paired by seed" in report.stdout
 
 
-def kill_and_finish(workdir, after: float) -> int:
+def kill_and_finish(workdir, after: float, lanes: int = 1) -> int:
     """Starts the study, kills it without warning `after` seconds past its first checkpoint, finishes it; returns how many rows it had then."""
+    arguments = ("launch.study", "--experiment=noise_factorial:smoke", f"--lanes={lanes}", f"--workdir={workdir}")
     process = subprocess.Popen(
-        command("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}"),
+        command(*arguments),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
@@ -64,12 +65,14 @@ def kill_and_finish(workdir, after: float) -> int:
     process.send_signal(signal.SIGKILL)
     process.wait()
     rows = len(numbers(workdir))
-    assert finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}").returncode == 0
+    done = finish(*arguments)
+    assert done.returncode == 0 and f"to do on {lanes} x cpu" in done.stdout and "1 for training" in done.stdout
     return rows
 
 
-def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path):
-    rows = kill_and_finish(tmp_path, after=0.3)
+@pytest.mark.parametrize("lanes", [1, 2])  # two lanes make two CPU devices of themselves, as in `make study`
+def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path, lanes):
+    rows = kill_and_finish(tmp_path, 0.3, lanes)
     assert rows < 18
     assert numbers(tmp_path) == numbers(unbroken[0])
 
@@ -78,7 +81,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path):
 @pytest.mark.parametrize("case", range(20))
 def test_killed_at_random_moments(unbroken, tmp_path, case):
     """The same, many times; the moment is drawn per case."""
-    kill_and_finish(tmp_path, after=random.Random(case).uniform(0.0, 4.0))
+    kill_and_finish(tmp_path, random.Random(case).uniform(0.0, 4.0), lanes=1 + case % 2)
     assert numbers(tmp_path) == numbers(unbroken[0])
 
 

@@ -229,6 +229,16 @@ def test_plain_lines_appear_now_and_then_and_skip_the_compilation():
     assert len(lines) == 6
 
 
+def test_steps_of_an_earlier_launch_are_no_pace():
+    """A study's second run goes on from its step 40 while the first has done 2 of this launch."""
+    clock, stream = Clock(), io.StringIO()
+    with Progress(total=100, every=0, stream=stream, clock=clock) as progress:
+        for step, earlier in ((1, 0), (2, 0), (43, 40), (44, 0)):
+            clock.now += 1
+            progress.update(step, tokens=10, earlier=earlier)
+    assert stream.getvalue().splitlines()[-1] == "train 44/100 (44 %): 1 steps/s, 10 tokens/s, 4 s elapsed, 56 s left"
+
+
 def test_closing_early_prints_the_last_state_once():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(total=9, every=1e9, stream=stream, clock=clock)
