@@ -9,6 +9,7 @@ The ideal multiplies each expert's true number of rows: two products forward, tw
 gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once. "in a loop"
 are as many operations in equal loads, one expert after another: in a loop XLA:CPU runs small products one by one, each on one core. blocked is a loop, since
 the loads are not known before it runs.
+"blocked, N devices" is the same layer on a mesh of one CPU device for each core (expert=N, dispatch by all_gather): N loops side by side, each with its experts.
 Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
 """
 
@@ -32,6 +33,7 @@ def main():
     import jax
     import jax.numpy as jnp
 
+    jax.config.update("jax_num_cpu_devices", devices())
     cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if cpu else "bfloat16"))
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, {described()}")
@@ -60,6 +62,11 @@ def _arguments():
     return parser.parse_args()
 
 
+def devices() -> int:
+    """CPU devices: one for each core, as far as they divide the experts and the tokens."""
+    return max(count for count in (1, 2, 4, 8) if count <= (os.cpu_count() or 1))
+
+
 def _compare(label: str, names: list[str], args, dtype):
     """Prints one table."""
     import jax
@@ -71,6 +78,8 @@ def _compare(label: str, names: list[str], args, dtype):
         "in a loop": (jax.jit(functools.partial(_one_by_one, SHAPES[label]["K"])), (x, dy, matrices)),
         **{name: (_layer(name), (x, decision, matrices, dy)) for name in names},
     }
+    if "blocked" in names and len(jax.devices()) > 1:
+        calls[f"blocked, {len(jax.devices())} devices"] = _divided(x, decision, matrices, dy)
     compiled, memory, compile_s = {}, {}, {}
     for name, (function, inputs) in calls.items():
         begin = time.perf_counter()
@@ -92,11 +101,11 @@ def _compare(label: str, names: list[str], args, dtype):
     print(
         f"\n{sizes}, load max/mean {max(loads) * len(loads) / sum(loads):.2f} (skew {args.skew}, seed {args.seed}), {args.reps} interleaved rounds"
     )
-    print(f"{'':10s}{'median ms':>10s}{'min ms':>9s}{'ideal/this':>12s}{'(by min)':>10s}{'temp MB':>9s}{'compile s':>11s}")
+    print(f"{'':20s}{'median ms':>10s}{'min ms':>9s}{'ideal/this':>12s}{'(by min)':>10s}{'temp MB':>9s}{'compile s':>11s}")
     for name, taken in seconds.items():
         ratio, by_min = (measure(seconds["ideal"]) / measure(taken) for measure in (statistics.median, min))
         median, least = 1e3 * statistics.median(taken), 1e3 * min(taken)
-        print(f"{name:10s}{median:10.1f}{least:9.1f}{ratio:12.2f}{by_min:10.2f}{memory[name]:9.0f}{compile_s[name]:11.1f}", flush=True)
+        print(f"{name:20s}{median:10.1f}{least:9.1f}{ratio:12.2f}{by_min:10.2f}{memory[name]:9.0f}{compile_s[name]:11.1f}", flush=True)
 
 
 def _problem(T, D, F, E, K, skew, seed, dtype):
@@ -158,7 +167,18 @@ def _one_by_one(slots, x, dy, matrices):
     return jax.lax.map(one, (share(x), share(dy), *(matrices[name].astype(x.dtype) for name in ("up", "down"))))
 
 
-def _layer(name: str):
+def _divided(*arguments):
+    """(the layer with experts and tokens divided over all devices, its arguments there)"""
+    import jax
+
+    from moe_jax.mesh import Layout, MeshSpec
+
+    mesh = MeshSpec(expert=len(jax.devices())).build()
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
+    return _layer("all_gather", Layout.of(mesh, batch=mesh.size)), jax.device_put(arguments, there)
+
+
+def _layer(name: str, layout=None):
     """One pass forward and backward of the layer, gradients of rows, combine weights and matrices."""
     import jax
 
@@ -168,7 +188,7 @@ def _layer(name: str):
 
     def run(x, decision, matrices, dy):
         def forward(x, weights, matrices):
-            return dispatch(x, RoutingDecision(decision.ids, weights), Experts(matrices), name, force=True)[0]
+            return dispatch(x, RoutingDecision(decision.ids, weights), Experts(matrices), name, force=True, layout=layout)[0]
 
         y, pull = jax.vjp(forward, x, decision.weights, matrices)
         return y, pull(dy)
