@@ -9,7 +9,8 @@ The ideal multiplies each expert's true number of rows: two products forward, tw
 gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once. "in a loop"
 are as many operations in equal loads, one expert after another: in a loop XLA:CPU runs small products one by one, each on one core. blocked is a loop, since
 the loads are not known before it runs.
-"blocked, N devices" is the same layer on a mesh of one CPU device for each core (expert=N, dispatch by all_gather): N loops side by side, each with its experts.
+"blocked, N devices" is the same layer on a mesh of one CPU device for each core (expert=N, dispatch by all_gather): N loops side by side, each with
+its own experts.
 Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
 """
 
