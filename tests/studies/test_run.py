@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import threading
+from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -156,6 +159,16 @@ def test_lanes_find_what_one_run_after_the_other_finds(finished, smoke, tmp_path
 
 
 @pytest.mark.slow
+def test_the_steps_of_an_earlier_launch_are_told_apart():
+    told, steps, lock = [], Counter(), threading.Lock()
+    progress = SimpleNamespace(update=lambda *arguments: told.append(arguments))
+    goes_on, begins = (runner._Part(progress, steps, lock, name) for name in ("goes on", "begins"))
+    goes_on.update(41, None, 10)
+    begins.update(1, None, 10)
+    goes_on.update(42, None, 10)
+    assert told == [(41, None, 10, 40), (42, None, 10, 0), (43, None, 10, 0)]  # steps of the study, metrics, tokens, steps done earlier
+
+
 def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, tmp_path):
     """Stopped while five run and again while two do; the rest one after the other. Each time what was under way goes on."""
     for lanes, after in ((5, 60), (2, 40)):
