@@ -6,6 +6,8 @@
 
 A step is one micro-batch forward and backward with dropout and gate noise, clipping, Muon and AdamW: all 79,059,840 parameters move. Each side is a
 process of its own; they step in turn, so that a busy machine disturbs all alike, under the same settings (process.py) and as many threads as cores.
+On a CPU with jemalloc moe_jax steps twice: on one device, whose larger products use every core, and on a mesh of one device per core, where small products,
+passes over memory and Newton-Schulz run side by side too (launch.local --processes=1 --devices_per_process=2 -- python -m launch.train --mesh=expert=2 …).
 """
 
 import argparse
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from process import described, restart_with_settings
+from process import described, jemalloc, restart_with_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BATCH, LENGTH = 4, 512
@@ -31,12 +33,13 @@ def main():
     parser.add_argument("--torch_python", default=sys.executable, help="the Python that has torch")
     parser.add_argument("--no_parts", action="store_true", help="leave the table of parts out")
     parser.add_argument("--worker", choices=("float32", "bfloat16"), help=argparse.SUPPRESS)
+    parser.add_argument("--mesh", help=argparse.SUPPRESS)
     parser.add_argument("--parts", choices=("float32", "bfloat16"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     restart_with_settings()
     sys.path.insert(0, os.path.join(HERE, ".."))
     if args.worker:
-        return worker(args.worker)
+        return worker(args.worker, args.mesh)
     if args.parts:
         return print_parts(args.parts)
     print(f"{BATCH} x {LENGTH} tokens a step, {os.cpu_count()} cores, {described()}")
@@ -52,6 +55,9 @@ def main():
 def compare(dtype: str, args) -> None:
     """Steps every side in turn and prints medians, peaks and the ratio to the faster torch."""
     commands = {"moe_jax": [sys.executable, __file__, f"--worker={dtype}"]}
+    devices = max(d for d in (1, 2, 4) if d <= (os.cpu_count() or 1))  # these divide the batch and the experts
+    if devices > 1 and jemalloc() and runs_on_cpu():
+        commands[f"moe_jax, expert={devices}"] = [*commands["moe_jax"], f"--mesh=expert={devices}"]
     if has_torch(args.torch_python):
         for experts in ("loop", "grouped_mm"):
             script = [args.torch_python, os.path.join(HERE, "torch_step.py"), "--worker", f"--threads={os.cpu_count()}"]
@@ -60,8 +66,8 @@ def compare(dtype: str, args) -> None:
         name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name, command in commands.items()
     }
     try:
-        for side in sides.values():
-            ask(side)  # the first step compiles
+        for side in [*sides.values(), *sides.values()]:
+            ask(side)  # the first step compiles, the second still asks the system for memory
         answers = {name: [] for name in sides}
         for _ in range(args.rounds):
             for name, side in sides.items():
@@ -75,9 +81,10 @@ def compare(dtype: str, args) -> None:
         spread = f"{min(a['seconds'] for a in found):.2f} to {max(a['seconds'] for a in found):.2f} s"
         rate, peak = BATCH * LENGTH / seconds[name], max(a["peak_rss_mb"] for a in found) / 1e3
         print(f"  {name:<18}{rate:7.0f} tokens/s   {seconds[name]:6.2f} s ({spread})   peak {peak:4.1f} GB   loss {found[-1]['loss']:.2f}")
-    others = [value for name, value in seconds.items() if name != "moe_jax"]
+    others = [value for name, value in seconds.items() if name.startswith("torch")]
     if others:
-        print(f"  moe_jax is {min(others) / seconds['moe_jax']:.2f} times as fast as the faster torch")
+        for name in (name for name in seconds if not name.startswith("torch")):
+            print(f"  {name} is {min(others) / seconds[name]:.2f} times as fast as the faster torch")
     else:
         print("  torch is not installed here (pip install torch, or --torch_python)")
 
@@ -100,13 +107,20 @@ def has_torch(python: str) -> bool:
 # --- our side ---------------------------------------------------------------------------------------------------------------------
 
 
-def setting(dtype: str, noise: str = "router_logits=additive:0.1:phases=train"):
+def runs_on_cpu() -> bool:
+    """Asks another process: jax in this one would take the device."""
+    code = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "cpu"
+
+
+def setting(dtype: str, noise: str = "router_logits=additive:0.1:phases=train", mesh: str | None = None):
     """(program, knobs): the seed's model and optimizer with gate noise on, or another; Newton-Schulz in bfloat16, as in the seed and in the torch step.
 
     Here in the Gram form, which takes 0.6 of the operations and ends nearer to float32 (benchmarks/muon.py).
     """
     import jax.numpy as jnp
 
+    from moe_jax.mesh import MeshSpec
     from moe_jax.model import DTypePolicy, ModelConfig
     from moe_jax.noise import NoiseSpec
     from moe_jax.optim.plan import OptimizerConfig
@@ -117,16 +131,19 @@ def setting(dtype: str, noise: str = "router_logits=additive:0.1:phases=train"):
     model = ModelConfig.preset("seed_79m", dtypes=DTypePolicy(compute=dtype))
     optimizer = OptimizerConfig(ns_dtype="bfloat16", ns_form="gram", schedule="warmup_constant", warmup=0)
     resolved = model.resolve(NoiseSpec.parse(noise)) if noise else None
-    return Program(model, optimizer, Objective()), Knobs(resolved, jnp.uint32(0), jnp.float32(0.01), jnp.float32(0.0))
+    devices = MeshSpec.parse(mesh).build() if mesh else None
+    return Program(model, optimizer, Objective(), devices), Knobs(resolved, jnp.uint32(0), jnp.float32(0.01), jnp.float32(0.0))
 
 
-def worker(dtype: str) -> None:
+def worker(dtype: str, mesh: str | None) -> None:
     """Answers each 'step' on stdin with one JSON line."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    program, knobs = setting(dtype)
+    if mesh:
+        jax.config.update("jax_num_cpu_devices", int(mesh.split("=")[1]))
+    program, knobs = setting(dtype, mesh=mesh)
     state, generator = program.init(jnp.uint32(0)), np.random.default_rng(0)
     for line in sys.stdin:
         if line.strip() != "step":
