@@ -47,8 +47,8 @@ def test_it_prints_what_it_found(unbroken):
     assert report.returncode == 0 and "Contrasts, paired by seed" in report.stdout
 
 
-def kill_and_finish(workdir, after: float, lanes: int = 1) -> int:
-    """Starts the study, kills it without warning `after` seconds past its first checkpoint, finishes it; returns how many rows it had then."""
+def kill_and_finish(workdir, after: float, lanes: int) -> tuple[int, str]:
+    """Starts the study, kills it without warning `after` seconds past its first checkpoint, finishes it; its rows then, and what finishing printed."""
     arguments = ("launch.study", "--experiment=noise_factorial:smoke", f"--lanes={lanes}", f"--workdir={workdir}")
     process = subprocess.Popen(
         command(*arguments),
@@ -66,14 +66,14 @@ def kill_and_finish(workdir, after: float, lanes: int = 1) -> int:
     process.wait()
     rows = len(numbers(workdir))
     done = finish(*arguments)
-    assert done.returncode == 0 and f"to do on {lanes} x cpu" in done.stdout and "1 for training" in done.stdout
-    return rows
+    assert done.returncode == 0
+    return rows, done.stdout
 
 
 @pytest.mark.parametrize("lanes", [1, 2])  # two lanes make two CPU devices of themselves, as in `make study`
 def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path, lanes):
-    rows = kill_and_finish(tmp_path, 0.3, lanes)
-    assert rows < 18
+    rows, printed = kill_and_finish(tmp_path, 0.3, lanes)
+    assert rows < 18 and f"to do on {lanes} x cpu" in printed and "1 for training, 1 for evaluation" in printed
     assert numbers(tmp_path) == numbers(unbroken[0])
 
 
