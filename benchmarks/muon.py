@@ -5,8 +5,6 @@
 For each stack of the seed model: milliseconds (median), GFLOP/s actually done, operations against the standard form's, error against a
 float64 iteration (Frobenius norm of the difference over that of the result: random Gaussian matrices, and rank 64 plus 1e-3 of noise), and
 the stack's share of all the seed model's Newton-Schulz time. `--scale=0.25` takes a quarter of each stack.
-
-The operations of "gram bf16" are those of a CPU, where the library computes three quarters of each symmetric product and mirrors the rest.
 """
 
 import argparse
@@ -41,11 +39,7 @@ FORMS = {
 def operations(name: str, shape: tuple[int, ...]) -> float:
     """Floating-point operations of the matrix products in one call."""
     m, n = sorted(shape[-2:])
-    each = 5 * (4 * m**2 * n + 2 * m**3)
-    if name == "gram f32":
-        each = 4 * m**2 * n + 34 * m**3
-    if name == "gram bf16":
-        each = 0.75 * (2 * m**2 * n + 34 * m**3) + 2 * m**2 * n
+    each = 4 * m**2 * n + 34 * m**3 if name.startswith("gram") else 5 * (4 * m**2 * n + 2 * m**3)
     return float(np.prod(shape[:-2]) * each)
 
 

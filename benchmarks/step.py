@@ -116,7 +116,7 @@ def runs_on_cpu() -> bool:
 def setting(dtype: str, noise: str = "router_logits=additive:0.1:phases=train", mesh: str | None = None):
     """(program, knobs): the seed's model and optimizer with gate noise on, or another; Newton-Schulz in bfloat16, as in the seed and in the torch step.
 
-    Here in the Gram form, which takes 0.6 of the operations and ends nearer to float32 (benchmarks/muon.py).
+    Here in the Gram form, which takes 0.6 of the operations and errs as much (benchmarks/muon.py).
     """
     import jax.numpy as jnp
 

@@ -38,12 +38,10 @@ def orthogonalise(
 ) -> jax.Array:
     """The Newton-Schulz image of every matrix in x [..., in, out]: same singular vectors, singular values near 1; float32.
 
-    form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that, always in
-    float32 (in bfloat16 it loses the small singular values). "auto" is "gram" for float32 matrices with n > 1.5 m, where it needs fewer
-    operations, and "standard" otherwise. dtype: of the operands of products with the m by n matrix, which are all of the standard form's
-    and the first and the last of the gram form's (in bfloat16 the faster one on a CPU without AMX, and nearer to float32 where no singular
-    value is small); products accumulate in float32 either way.
-    batch: "map" takes two matrices at a time (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
+    form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that; it needs fewer
+    operations where n > 1.5 m. "auto" is "gram" for such matrices in float32, and "standard" otherwise. dtype: of the operands of products; they
+    accumulate in float32, and so does what is carried from step to step in the gram form. In bfloat16 both forms err by some 2e-2.
+    batch: "map" takes one matrix at a time (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
     so their sharding stays); None decides by the platform the program is lowered for.
     A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
     Source: Jordan et al. 2024, "Muon" (Frobenius pre-scaling, the quintic); Gram form: the same polynomial with R = X Xᵀ carried along.
@@ -53,15 +51,17 @@ def orthogonalise(
     if x.ndim < 2:
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
-    gram = takes_gram(form, dtype, m, n)
-    factors = partial(_gram if gram else _standard, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype)
-    solve = partial(_image, factors, x.shape[-2] > x.shape[-1])
+    tall = x.shape[-2] > x.shape[-1]
+    factors = partial(_gram, tall=tall) if takes_gram(form, dtype, m, n) else _standard
+    solve = partial(_image, partial(factors, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype), tall)
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
     x = lax.optimization_barrier(x.astype(dtype))
     if batch is None:
         batch = "map" if platform() == "cpu" else "vmap"
     _known("batch", batch, BATCHES)
-    return lax.optimization_barrier(_mapped(solve, x) if batch == "map" else solve(x))
+    if batch == "map":
+        return lax.optimization_barrier(lax.map(solve, x.reshape(-1, *x.shape[-2:])).reshape(x.shape))
+    return lax.optimization_barrier(solve(x))
 
 
 def takes_gram(form: str, dtype: str, m: int, n: int) -> bool:
@@ -70,7 +70,7 @@ def takes_gram(form: str, dtype: str, m: int, n: int) -> bool:
 
 
 def _image(factors: Callable[[jax.Array], tuple[jax.Array, jax.Array]], tall: bool, x: jax.Array) -> jax.Array:
-    """P X, or Xᵀ P of a tall matrix, with the (P, X) of `factors` for the wide one; P is symmetric."""
+    """P X, or Xᵀ P of a tall matrix, with the (P, X) of `factors` for the wide one; P is symmetric but for rounding."""
     p, x = factors(_transposed(x) if tall else x)
     p = p.astype(x.dtype)
     return _product(_transposed(x), p) if tall else _product(p, x)
@@ -80,14 +80,6 @@ def _transposed(x: jax.Array) -> jax.Array:
     # A CPU multiplies rows several times faster than columns, and lays one matrix anew faster than a whole stack.
     laid = x.ndim == 2 and platform() == "cpu"
     return with_layout_constraint(x.mT, Layout((0, 1))) if laid else x.mT
-
-
-def _mapped(solve: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    matrices = x.reshape(-1, *x.shape[-2:])
-    if len(matrices) % 2:
-        return lax.map(solve, matrices).reshape(x.shape)
-    pairs = matrices.reshape(-1, 2, *x.shape[-2:])  # two chains of products, neither of which waits for the other
-    return lax.map(lambda pair: jnp.stack([solve(pair[0]), solve(pair[1])]), pairs).reshape(x.shape)
 
 
 def _known(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -103,15 +95,6 @@ def _product(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
     # writing b.mT, spares the CPU a copy that costs more than a bfloat16 product.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, (stack, stack)), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _symmetric(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
-    """`_product` of two matrices whose product is symmetric up to rounding: three quarters of it computed, the last one mirrored."""
-    half = a.shape[0] // 2
-    first, second = (b[:half], b[half:]) if transpose else (b[:, :half], b[:, half:])
-    side = _product(a[:half], second, transpose)
-    above = jnp.concatenate([_product(a[:half], first, transpose), side], 1)
-    return jnp.concatenate([above, jnp.concatenate([side.T, _product(a[half:], second, transpose)], 1)])
 
 
 def _prescale(r: jax.Array, eps: float) -> jax.Array:
@@ -131,45 +114,47 @@ def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float]
         rounded = r.astype(dtype)
         return ((a * identity + b * r + c * _product(rounded, rounded)) * scale).astype(dtype)
 
-    def step(both):
+    def step(_, both):
         x = _product(*both).astype(dtype)
         return factor(x), x
 
     x = x.astype(dtype)
-    return _repeated(step, steps - 1, (factor(x, partial(_prescale, eps=eps)), x))
+    first = factor(x, partial(_prescale, eps=eps)), x
+    # Written out it takes a compiler minutes for the matrices of a large model; a loop gives a CPU the layout that it has no product for.
+    return lax.fori_loop(0, steps - 1, step, first, unroll=platform() == "cpu")
 
 
-def _gram(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """The same polynomials as Q of Q X, and X: R = X Xᵀ, P = a I + b R + c R², Q <- P Q, R <- P R P. All are symmetric and commute."""
+def _gram(
+    x: jax.Array, tall: bool, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """The same polynomials as Q of Q X, and X: R = X Xᵀ, P = a I + H with H = b R + c R², Q <- P Q, R <- P R P; Q <- Q P for Xᵀ Q of a tall one.
+
+    No operand of a product holds a I: rounded together with H it would cost the small singular values their digits, in bfloat16 all of them. The
+    order matters because rounded factors do not quite commute: P P R would lose its symmetry, and the small values with it.
+    """
     a, b, c = coefficients
-    # Mirroring takes a tenth of the time off and multiplies the rounding of float32 by up to ten: nothing beside that of a bfloat16 matrix.
-    halves = dtype == "bfloat16" and x.ndim == 2 and x.shape[0] >= 256 and x.shape[0] % 2 == 0 and platform() == "cpu"
-    product = _symmetric if halves else _product
-    r = product(x, x, transpose=True)
-    scale = _prescale(r, eps)
-    r = r * scale**2
-    identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
 
     def factor(r):
-        return a * identity + b * r + c * product(r, r)
+        rounded = r.astype(dtype)
+        return (b * r + c * _product(rounded, rounded)).astype(dtype)
 
-    def step(carry):
-        p, r, q = carry
-        r = product(product(p, r), p)
-        p = factor(r)
-        return p, r, product(p, q)
+    def left(h, x):
+        return a * x + _product(h, x.astype(dtype))
 
-    p = factor(r)
-    return _repeated(step, steps - 1, (p, r, p))[2] * scale, x
+    def right(h, x):
+        return a * x + _product(x.astype(dtype), h)
 
+    def step(_, carry):
+        r, h, q = carry
+        r = left(h, right(h, r))
+        h = factor(r)
+        return r, h, right(h, q) if tall else left(h, q)
 
-def _repeated(step: Callable, count: int, carry: Any) -> Any:
-    """step(step(... carry)): on a CPU written out, elsewhere a loop, whose body alone takes a compiler minutes for the matrices of a large model."""
-    if platform() != "cpu":
-        return lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
-    for _ in range(count):
-        carry = step(carry)
-    return carry
+    r = _product(x, x, transpose=True)
+    scale = _prescale(r, eps)
+    r = r * scale**2
+    h = factor(r)
+    return lax.fori_loop(0, steps - 1, step, (r, h, a * jnp.eye(x.shape[-2]) + h))[2] * scale, x
 
 
 class MuonState(NamedTuple):

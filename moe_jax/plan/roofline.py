@@ -189,19 +189,18 @@ class _Counts:
         for leaf in planned(self.c, config):
             traffic += leaf.size / shards * self.store * (5 if leaf.label == "muon" else 7 if leaf.label == "adamw" else 0)
             if leaf.label == "muon":
-                wide, square = (part / self.mesh.size for part in _newton_schulz(leaf, config))
-                low = 0.0 if config.ns_dtype == "float32" else wide
-                flops, exact = flops + low, exact + wide + square - low
+                done = _newton_schulz(leaf, config) / self.mesh.size
+                flops, exact = (flops, exact + done) if config.ns_dtype == "float32" else (flops + done, exact)
         return Component("optimizer", flops, exact, 0.0, 3 * traffic, 0.0)
 
     def _each(self, name: str, layers: int, flops: float, noise: float, traffic: float, sent: float) -> Component:
         return Component(name, layers * flops, 0.0, layers * noise, layers * traffic, layers * sent)
 
 
-def _newton_schulz(leaf: LeafPlan, config: OptimizerConfig) -> tuple[float, float]:
-    """Operations on all matrices of a leaf, in the form that moe_jax.optim.muon takes: in the config's type, and in float32 whatever it is."""
+def _newton_schulz(leaf: LeafPlan, config: OptimizerConfig) -> float:
+    """Operations on all matrices of a leaf, in the form that moe_jax.optim.muon takes."""
     rows, columns = (leaf.shape[axis] for axis in leaf.dimension_numbers)  # type: ignore[union-attr,index]
     (m, n), steps, count = sorted((rows, columns)), config.ns_steps, leaf.size / (rows * columns)
     if takes_gram(config.ns_form, config.ns_dtype, m, n):
-        return 4 * m * m * n * count, 2 * m**3 * (4 * steps - 3) * count
-    return steps * (4 * m * m * n + 2 * m**3) * count, 0.0
+        return (4 * m * m * n + 2 * m**3 * (4 * steps - 3)) * count
+    return steps * (4 * m * m * n + 2 * m**3) * count

@@ -1,5 +1,7 @@
 """Muon against a float64 NumPy iteration, against optax, and one matrix at a time."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -49,8 +51,8 @@ SPECTRA = {
 # Largest error of an entry relative to the largest entry. Five steps multiply small singular values by up to 3.4^5 = 480, and rounding with
 # them: float32 (6e-8) then gives some 3e-5. The Gram matrix holds squares, so values below 1e-3 of the largest lose digits there. bfloat16
 # (4e-3) has nothing right about singular values below a hundredth, so only spectra without them are compared with a number.
-# The gram form rounds the matrix and its last factor alone: a tenth of that, but the norm may end a little higher (1.36 here).
-TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standard", "bfloat16"): 0.15, ("gram", "bfloat16"): 0.015}
+# In the gram form rounding moves the factors of one matrix apart, and the norm may end a little higher (1.48 here).
+TOLERANCES = {("standard", "float32"): 5e-5, ("gram", "float32"): 2e-3, ("standard", "bfloat16"): 0.15, ("gram", "bfloat16"): 0.15}
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -61,7 +63,7 @@ def test_against_float64(name, form, dtype, tall):
     got = np.asarray(orthogonalise(x, form=form, dtype=dtype))
     want = reference(x)
     assert got.dtype == np.float32 and np.isfinite(got).all()
-    assert np.linalg.norm(got, 2) < (1.4 if (form, dtype) == ("gram", "bfloat16") else 1.3)
+    assert np.linalg.norm(got, 2) < (1.6 if (form, dtype) == ("gram", "bfloat16") else 1.3)
     if dtype == "float32" or name in ("random", "large", "tiny", "zero"):
         assert np.abs(got - want).max() <= TOLERANCES[form, dtype] * np.abs(want).max()
 
@@ -70,31 +72,34 @@ def test_the_forms_are_different_programs():
     def products(form):
         return str(jax.make_jaxpr(lambda x: muon.orthogonalise(x, form=form, batch="vmap"))(jnp.zeros((8, 32)))).count("dot_general")
 
-    # Per step X Xᵀ, R², P X; against X Xᵀ and Q X once, R² and P Q per step (not P Q in the first), (P R) P in all steps but the last.
-    assert products("standard") == 15 and products("gram") == 2 + 5 + 4 + 8
+    # Each step is written once: X Xᵀ and R² before the loop, P X, X Xᵀ and R² in it, P X after; against X Xᵀ and R², then R P, P R P, R² and P Q, then Q X.
+    assert products("standard") == 2 + 3 + 1 and products("gram") == 2 + 4 + 1
 
 
-def test_bfloat16_in_the_gram_form_is_the_first_and_the_last_product_alone():
-    """Counted by the type of the operands."""
-    jaxpr = jax.make_jaxpr(lambda x: muon.orthogonalise(x, form="gram", dtype="bfloat16", batch="vmap"))(jnp.zeros((8, 32)))
-    types = [str(equation.invars[0].aval.dtype) for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
-    assert types == ["bfloat16", *["float32"] * 17, "bfloat16"]
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_product_has_operands_of_the_type_asked_for(form, dtype):
+    text = jax.jit(lambda x: muon.orthogonalise(x, form=form, dtype=dtype)).lower(jnp.zeros((2, 8, 32))).as_text()
+    found = re.findall(r"dot_general.* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>", text)
+    short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    assert len(found) == text.count("stablehlo.dot_general") > 5 and set(found) == {(short, short, "f32")}
 
 
-@pytest.mark.parametrize("shape", [(2, 256, 640), (640, 256)])
-def test_a_cpu_mirrors_large_symmetric_products(shape):
-    """Three quarters of each of the 18 that are symmetric, where the matrix is bfloat16; a whole stack at once, as on an accelerator, multiplies in full."""
-
-    def program(batch, dtype="bfloat16"):
-        return lambda x: muon.orthogonalise(x, form="gram", dtype=dtype, batch=batch)
-
-    def products(function):
-        return str(jax.make_jaxpr(function)(jnp.zeros((1, *shape[-2:])))).count("dot_general")
-
-    assert products(program("map")) == 3 * 18 + 1 and products(program("map", "float32")) == products(program("vmap")) == 19
-    x = jnp.asarray(normal(5, *shape))
-    got, want = (np.asarray(jax.jit(program(batch))(x[None])) for batch in ("map", "vmap"))
-    assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("name", ["random", "low rank and noise", "condition 1e6", "square powers"])
+def test_the_gram_form_in_bfloat16_errs_as_the_standard_form_does(name, tall):
+    """On spectra where it lost every digit while P was rounded together with a I, whole matrices compared (Frobenius norm)."""
+    rows, columns = 96, 256
+    x = {
+        "random": normal(1, rows, columns),
+        "low rank and noise": normal(1, rows, 16) @ normal(2, 16, columns) / 4 + 1e-3 * normal(3, rows, columns),
+        "condition 1e6": with_spectrum(np.logspace(0, -6, rows), rows, columns),
+        "square powers": with_spectrum(1 / np.arange(1, rows + 1) ** 2, rows, columns),
+    }[name]
+    x = x.T if tall else x
+    want = reference(x)
+    standard, gram = (np.linalg.norm(np.asarray(orthogonalise(x, form=form, dtype="bfloat16")) - want) for form in ("standard", "gram"))
+    assert 0 < gram < 1.7 * standard < 0.5 * np.linalg.norm(want)
 
 
 def test_singular_values_end_near_one():
