@@ -93,7 +93,7 @@ RUNS: Mapping[str, Callable[[], RunConfig]] = {
     "small": lambda: RunConfig(
         model=ModelConfig.preset("small", dtypes=DTypePolicy(compute="bfloat16")),
         data=DataConfig(source="wiki", tokenizer="bpe:4096", seq_len=256, batch_size=16),
-        optimizer=OptimizerConfig(warmup=20, total=300, learning_rate=0.04, adamw_learning_rate=0.01, ns_dtype="bfloat16"),
+        optimizer=OptimizerConfig(warmup=20, total=300, learning_rate=0.04, adamw_learning_rate=0.01, ns_dtype="bfloat16", ns_form="gram"),
         updates=300,
         eval_batch=32,
         eval_every=100,
