@@ -126,7 +126,7 @@ COST: Mapping[str, str] = {
     "small": "about an hour on two CPU cores with --lanes=2",
     "seed": "about 40 hours on two CPU cores; on one H100 the aim is two minutes",
     "corrected": "about 150 hours on two CPU cores; minutes on one H100",
-    "followups": "about 12 minutes on two CPU cores",
+    "followups": "about 7 minutes on two CPU cores with --lanes=2",
 }
 PRESETS = tuple(RUNS)
 
