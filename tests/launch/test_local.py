@@ -92,9 +92,20 @@ def test_codes_that_are_not_restarted(own):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_are_handed_on(number, tmp_path):
-    """Each process gets it once, stops as it likes, and the job is resumable: no restart."""
-    script = f"trap 'echo $I >> {tmp_path}/got; exit 75' TERM INT USR1; echo $I >> {tmp_path}/up; while :; do sleep 0.05; done"
-    command = [*LOCAL, "--processes=3", "--max_restarts=2", "--", "sh", "-c", f"I=$MOE_JAX_PROCESS_ID; {script}"]
+    """Each process gets it once, stops as it likes, and the job is resumable: no restart. Not a shell, which may count a signal that met its child too."""
+    code = f"""
+import os, signal, sys, time
+def note(name):
+    with open(r'{tmp_path}/' + name, 'a') as file: print(os.environ['MOE_JAX_PROCESS_ID'], file=file)
+def stop(*_):
+    note('got')
+    time.sleep(0.2)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1): signal.signal(number, stop)
+note('up')
+time.sleep(60)
+"""
+    command = [*LOCAL, "--processes=3", "--max_restarts=2", "--", sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
         wait_until(lambda: (tmp_path / "up").exists() and len((tmp_path / "up").read_text().split()) == 3)
         job.send_signal(number)
