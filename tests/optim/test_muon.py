@@ -166,9 +166,9 @@ def test_accelerators_give_what_a_cpu_gives(form, dtype, bound, shape, steps):
         return muon.orthogonalise(x, steps=steps, form=form, dtype=dtype)
 
     x = normal(3, *shape)
-    here = jax.jit(both)(x)
+    here, program = jax.jit(both)(x), str(jax.make_jaxpr(both)(x))
     with tracing_for("gpu"):
-        assert "scan" in str(jax.make_jaxpr(both)(x)) or steps == 1
+        assert program != str(jax.make_jaxpr(both)(x))
         there = jax.jit(both)(x)
     chex.assert_trees_all_close(there, here, atol=bound, rtol=0)
 
