@@ -40,7 +40,7 @@ def orthogonalise(
 
     form: "standard" multiplies the matrix itself at every step. "gram" takes the m by m Gram matrix once and iterates on that; it needs fewer
     operations where n > 1.5 m. "auto" is "gram" for such matrices in float32, and "standard" otherwise. dtype: of the operands of products; they
-    accumulate in float32, and what the gram form carries from step to step is float32. In bfloat16 both err by some 2e-2 (results/step_cpu has where more).
+    accumulate in float32, and the gram form carries its two matrices in float32. In bfloat16 both err by some 2e-2 (results/step_cpu has where more).
     batch: "map" takes one matrix at a time (fastest on a CPU), "vmap" all at once (accelerators; never merges the stack axes,
     so their sharding stays); None decides by the platform the program is lowered for.
     A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
