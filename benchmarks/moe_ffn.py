@@ -9,9 +9,10 @@ The ideal multiplies each expert's true number of rows: two products forward, tw
 gathered and matrices split before the clock starts, and the experts are independent, so that XLA runs several small products at once. "in a loop"
 are as many operations in equal loads, one expert after another: in a loop XLA:CPU runs small products one by one, each on one core. blocked is a loop, since
 the loads are not known before it runs.
-"blocked, N devices" is the same layer on a mesh of one CPU device for each core (expert=N, dispatch by all_gather): N loops side by side, each with
-its own experts.
-Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike.
+"blocked, expert=N" and "blocked, data=N" are the same layer on a mesh of one CPU device for each core: N loops side by side, each with its own experts
+(dispatch by all_gather) or with its own tokens (the experts' gradients summed at the end). `taskset -c 0 python benchmarks/moe_ffn.py` shows one core alone.
+Timings are interleaved: every variant once, then every variant again, so that a busy machine disturbs all of them alike; what takes seconds a pass and
+gigabytes comes after the others, two rounds of it.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", devices())
     cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(args.dtype or ("float32" if cpu else "bfloat16"))
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype} rows, {described()}")
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, cores: {cores()}, {dtype} rows, {described()}")
     names = ["dense", "blocked", "ragged"] if args.all else ["dense", "blocked"] if cpu else ["dense", "ragged"]
     names = args.implementations or names
     for label in args.only or SHAPES:
@@ -65,7 +66,12 @@ def _arguments():
 
 def devices() -> int:
     """CPU devices: one for each core, as far as they divide the experts and the tokens."""
-    return max(count for count in (1, 2, 4, 8) if count <= (os.cpu_count() or 1))
+    return max(count for count in (1, 2, 4, 8) if count <= cores())
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compare(label: str, names: list[str], args, dtype):
@@ -80,33 +86,39 @@ def _compare(label: str, names: list[str], args, dtype):
         **{name: (_layer(name), (x, decision, matrices, dy)) for name in names},
     }
     if "blocked" in names and len(jax.devices()) > 1:
-        calls[f"blocked, {len(jax.devices())} devices"] = _divided(x, decision, matrices, dy)
-    compiled, memory, compile_s = {}, {}, {}
-    for name, (function, inputs) in calls.items():
-        begin = time.perf_counter()
-        compiled[name] = function.lower(*inputs).compile()
-        compile_s[name] = time.perf_counter() - begin
-        memory[name] = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
-        jax.block_until_ready(compiled[name](*inputs))
-    seconds = {name: [] for name in calls}
-    slow = {"dense", "ragged"} if jax.default_backend() == "cpu" else set()  # seconds a pass: two rounds are enough
-    for done in range(args.reps):
-        for name, (_, inputs) in calls.items():
-            if name in slow and done >= 2:
-                continue
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled[name](*inputs))
-            seconds[name].append(time.perf_counter() - begin)
+        calls |= {f"blocked, {axis}={len(jax.devices())}": _divided(axis, x, decision, matrices, dy) for axis in ("expert", "data")}
+    slow = {"dense", "ragged"} if jax.default_backend() == "cpu" else set()
+    timed = _timed({name: call for name, call in calls.items() if name not in slow}, args.reps)
+    timed |= _timed({name: call for name, call in calls.items() if name in slow}, 2)
 
     sizes = " ".join(f"{letter}{size}" for letter, size in SHAPES[label].items())
     print(
         f"\n{sizes}, load max/mean {max(loads) * len(loads) / sum(loads):.2f} (skew {args.skew}, seed {args.seed}), {args.reps} interleaved rounds"
     )
     print(f"{'':20s}{'median ms':>10s}{'min ms':>9s}{'ideal/this':>12s}{'(by min)':>10s}{'temp MB':>9s}{'compile s':>11s}")
-    for name, taken in seconds.items():
-        ratio, by_min = (measure(seconds["ideal"]) / measure(taken) for measure in (statistics.median, min))
+    ideal = timed["ideal"][0]
+    for name, (taken, memory, compile_s) in timed.items():
+        ratio, by_min = (measure(ideal) / measure(taken) for measure in (statistics.median, min))
         median, least = 1e3 * statistics.median(taken), 1e3 * min(taken)
-        print(f"{name:20s}{median:10.1f}{least:9.1f}{ratio:12.2f}{by_min:10.2f}{memory[name]:9.0f}{compile_s[name]:11.1f}", flush=True)
+        print(f"{name:20s}{median:10.1f}{least:9.1f}{ratio:12.2f}{by_min:10.2f}{memory:9.0f}{compile_s:11.1f}", flush=True)
+
+
+def _timed(calls: dict, rounds: int) -> dict:
+    """{name: (seconds of each round, megabytes of temporaries, seconds to compile)}"""
+    import jax
+
+    compiled, found = {}, {}
+    for name, (function, inputs) in calls.items():
+        begin = time.perf_counter()
+        compiled[name] = function.lower(*inputs).compile()
+        found[name] = ([], compiled[name].memory_analysis().temp_size_in_bytes / 1e6, time.perf_counter() - begin)
+        jax.block_until_ready(compiled[name](*inputs))
+    for _ in range(rounds):
+        for name, (_, inputs) in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled[name](*inputs))
+            found[name][0].append(time.perf_counter() - begin)
+    return found
 
 
 def _problem(T, D, F, E, K, skew, seed, dtype):
@@ -168,15 +180,17 @@ def _one_by_one(slots, x, dy, matrices):
     return jax.lax.map(one, (share(x), share(dy), *(matrices[name].astype(x.dtype) for name in ("up", "down"))))
 
 
-def _divided(*arguments):
-    """(the layer with experts and tokens divided over all devices, its arguments there)"""
+def _divided(axis: str, x, decision, matrices, dy):
+    """(the layer on a mesh of all devices along `axis`, its arguments there)"""
     import jax
 
     from moe_jax.mesh import Layout, MeshSpec
 
-    mesh = MeshSpec(expert=len(jax.devices())).build()
-    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
-    return _layer("all_gather", Layout.of(mesh, batch=mesh.size)), jax.device_put(arguments, there)
+    mesh = MeshSpec(**{axis: len(jax.devices())}).build()
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((axis,), ()))
+    rows, matrices = jax.device_put((x, decision, dy), split), jax.device_put(matrices, split if axis == "expert" else whole)
+    name = "all_gather" if axis == "expert" else "blocked"
+    return _layer(name, Layout.of(mesh, batch=mesh.size)), (rows[0], rows[1], matrices, rows[2])
 
 
 def _layer(name: str, layout=None):

@@ -11,7 +11,7 @@ from moe_jax.platforms import platform
 
 
 def made_once(x: Array, true: Any) -> Array:
-    """x. On a CPU it stands in memory, where XLA would compute an elementwise x again, draws and all, in each operation that reads it.
+    """x. On a CPU it stands in memory, where XLA would compute an elementwise or gathered x again, draws and all, in each operation that reads it.
 
     true: a traced Bool[] that is always True; a conditional is what XLA:CPU does not fuse through (it drops barriers).
     """

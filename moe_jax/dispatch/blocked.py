@@ -84,7 +84,8 @@ def _backward(tiling: Tiling, residuals, dy):
             d_weight = (lax.dynamic_slice_in_dim(kept, rows.start, rows.size) * dy_rows).sum(1)
             hidden = made_once(hidden, rows.start >= 0)
         d_experts = _accumulate(experts, d_experts, "down", rows, hidden, weighted)
-        x_rows, dx_rows = _floats(_take(x_bits, token), x.dtype), 0.0
+        # the rows stand in memory before they are laid anew for the product: a gather that transposes misses the cache at every number
+        x_rows, dx_rows = _floats(made_once(_take(x_bits, token), rows.start >= 0), x.dtype), 0.0
         for name, d_pre in zip(names, pull(d_hidden.astype(x.dtype)), strict=True):
             dx_rows = dx_rows + _product(experts, name, "grad_input", rows, d_pre)
             d_experts = _accumulate(experts, d_experts, name, rows, x_rows, d_pre)
