@@ -1,7 +1,7 @@
 """Forward + backward of the MoE feed-forward layer: each dispatch implementation against the ideal, the active experts' matmuls alone.
 
     python benchmarks/moe_ffn.py                 # dense and blocked on a CPU (dense: 13 GB at 128 experts); dense and ragged on an accelerator
-    python benchmarks/moe_ffn.py --all           # ragged on a CPU too: 7 GB more
+    python benchmarks/moe_ffn.py --all           # ragged on a CPU too (7 GB at 128 experts)
     python benchmarks/moe_ffn.py --implementations blocked --dtype bfloat16
     python benchmarks/moe_ffn.py --skew 1.0 --reps 15 --only e8
 

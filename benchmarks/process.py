@@ -3,8 +3,8 @@
 Memory: what is freed stays with the process, in huge pages. On a CPU each call gets fresh buffers, and glibc gives large ones back to the system at once:
 the next call faults every page in again (a quarter of the time of a small program). One arena that keeps what it has leaves none of those faults.
 With several CPU devices in one process glibc seldom finds the room that it freed; jemalloc does, and is taken where it is (apt install libjemalloc2, or
-JEMALLOC=PATH; JEMALLOC=no leaves it), told to reuse room however much larger it is than what is asked for (lg_extent_max_active_fit): by default it asks
-the system for more instead, 40 huge pages a call where a program's results are many and small.
+JEMALLOC=PATH; JEMALLOC=no leaves it), told to reuse room however much larger it is than what is asked for (lg_extent_max_active_fit): by default it may ask
+the system for more instead (a fifth more memory for the step of benchmarks/step.py).
 Vectors: XLA uses half the width of an AVX-512 unit unless told; draws of noise, all arithmetic, gain most (3 % of a noisy step, nothing on a clean one).
 """
 
