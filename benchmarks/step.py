@@ -6,6 +6,7 @@
 
 A step is one micro-batch forward and backward with dropout and gate noise, clipping, Muon and AdamW: all 79,059,840 parameters move. Each side is a
 process of its own; they step in turn, so that a busy machine disturbs all alike, under the same settings (process.py) and as many threads as cores.
+XLA multiplies with the faster of its two libraries, tried before the steps start (products.py).
 On a CPU with jemalloc moe_jax steps twice: on one device, whose larger products use every core, and on a mesh of one device per core, where small products,
 passes over memory and Newton-Schulz run side by side too (launch.local --processes=1 --devices_per_process=2 -- python -m launch.train --mesh=expert=2 …).
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 
+import products
 from process import described, jemalloc, restart_with_settings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -44,16 +46,19 @@ def main():
         return print_parts(args.parts)
     print(f"{BATCH} x {LENGTH} tokens a step, {os.cpu_count()} cores, {described()}")
     for dtype in [args.only] if args.only else ["float32", "bfloat16"]:
-        compare(dtype, args)
+        flag = products.faster(dtype) if runs_on_cpu() else ""
+        env = {**os.environ, "XLA_FLAGS": f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()}
+        print(f"\n{dtype}: XLA's products by {'Eigen (' + flag + ')' if flag else 'its default'}")
+        compare(dtype, args, env)
         if not args.no_parts:
-            subprocess.run([sys.executable, __file__, f"--parts={dtype}"], check=True)
+            subprocess.run([sys.executable, __file__, f"--parts={dtype}"], check=True, env=env)
 
 
 # --- side by side -----------------------------------------------------------------------------------------------------------------
 
 
-def compare(dtype: str, args) -> None:
-    """Steps every side in turn and prints medians, peaks and the ratio to the faster torch."""
+def compare(dtype: str, args, env: dict[str, str]) -> None:
+    """Steps every side in turn, in the environment env, and prints medians, peaks and the ratio to the faster torch."""
     commands = {"moe_jax": [sys.executable, __file__, f"--worker={dtype}"]}
     devices = max(d for d in (1, 2, 4) if d <= (os.cpu_count() or 1))  # these divide the batch and the experts
     if devices > 1 and jemalloc() and runs_on_cpu():
@@ -63,7 +68,8 @@ def compare(dtype: str, args) -> None:
             script = [args.torch_python, os.path.join(HERE, "torch_step.py"), "--worker", f"--threads={os.cpu_count()}"]
             commands[f"torch, {experts}"] = [*script, f"--experts={experts}", f"--dtype={dtype}", f"--batch={BATCH}", f"--seq={LENGTH}"]
     sides = {
-        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name, command in commands.items()
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        for name, command in commands.items()
     }
     try:
         for side in [*sides.values(), *sides.values()]:
@@ -76,7 +82,7 @@ def compare(dtype: str, args) -> None:
         for side in sides.values():
             side.kill()
     seconds = {name: statistics.median(answer["seconds"] for answer in found) for name, found in answers.items()}
-    print(f"\n{dtype}: median of {args.rounds} interleaved steps")
+    print(f"{dtype}: median of {args.rounds} interleaved steps")
     for name, found in answers.items():
         spread = f"{min(a['seconds'] for a in found):.2f} to {max(a['seconds'] for a in found):.2f} s"
         rate, peak = BATCH * LENGTH / seconds[name], max(a["peak_rss_mb"] for a in found) / 1e3

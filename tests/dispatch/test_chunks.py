@@ -34,7 +34,7 @@ def whole():
     "mesh, changes",
     [
         ("", {}),
-        ("expert=4", {"dispatch": "all_to_all"}),
+        pytest.param("expert=4", {"dispatch": "all_to_all"}, marks=pytest.mark.slow),
         # every chunk overflows
         pytest.param("expert=4", {"dispatch": "all_to_all", "exchange_factor": 0.5}, marks=pytest.mark.slow),
         pytest.param("expert=4", {"dispatch": "all_gather"}, marks=pytest.mark.slow),

@@ -150,6 +150,7 @@ def test_unknown_preset():
         load("e7b:mimi")
 
 
+@pytest.mark.slow
 def test_one_arm_of_the_smoke_study(tmp_path):
     """The warm policy, two steps and their evaluations through the study's own path; the same call again does nothing."""
     experiment = load("e7b:smoke")

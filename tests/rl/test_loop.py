@@ -171,6 +171,7 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ on a mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,expert=2"])
 def test_a_mesh_runs_the_same_steps(mesh):
     """Sampling, scoring, replay and updates on four devices: the same answers, and numbers to float tolerance."""

@@ -1,0 +1,82 @@
+"""XLA's two libraries for matrix products on a CPU, YNNPACK (its default) and Eigen: which is faster here, and by how much.
+
+    python benchmarks/products.py                # a table for float32 and bfloat16, sums in float32, at the shapes of the 79 M model's step
+
+A process is asked for one of them by XLA_FLAGS (`FLAG` for Eigen), for all its products. Which is faster depends on the CPU: where bfloat16 products have units
+of their own (AMX, Zen 4), Eigen, which multiplies them as float32, is slower; on an Intel Xeon without AMX it took three quarters of the time.
+`benchmarks/step.py` asks `faster` before it starts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+# (rows, inner, columns): how many of them a step has, roughly. An expert's products, the head's, and those of Newton-Schulz in the Gram form.
+SHAPES = {(512, 384, 1536): 300, (512, 1536, 384): 300, (2048, 384, 8192): 18, (384, 1536, 384): 200, (384, 384, 384): 1700}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", choices=("float32", "bfloat16"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return print(json.dumps(_seconds(args.worker)))
+    print(f"GFLOP/s, YNNPACK / Eigen, {os.cpu_count()} cores; the last line: Eigen's share of YNNPACK's time, all products of a step")
+    found = {dtype: _both(dtype) for dtype in ("float32", "bfloat16")}
+    print(f"{'rows x inner x columns':<26}" + "".join(f"{dtype:>14}" for dtype in found))
+    for index, shape in enumerate(SHAPES):
+        operations = 2e-9 * shape[0] * shape[1] * shape[2]
+        cells = ("/".join(f"{operations / seconds[index]:.0f}" for seconds in both if seconds) for both in found.values())
+        print(f"{' x '.join(map(str, shape)):<26}" + "".join(f"{cell:>14}" for cell in cells))
+    shares = (f"{_step(both[1]) / _step(both[0]):.2f}" if both[1] else "no Eigen" for both in found.values())
+    print(f"{'':<26}" + "".join(f"{share:>14}" for share in shares))
+
+
+def faster(dtype: str) -> str:
+    """The flag for XLA_FLAGS under which a step's products of this type took less time just now: FLAG or ""."""
+    ynnpack, eigen = _both(dtype)
+    return FLAG if eigen and _step(eigen) < _step(ynnpack) else ""
+
+
+def _both(dtype: str) -> tuple[list[float], list[float]]:
+    """Seconds of each shape with YNNPACK and with Eigen, the least of three processes in turn; nothing where this XLA does not know the flag."""
+    turns = [[_ask(dtype, flag) for flag in ("", FLAG)] for _ in range(3)]
+    ynnpack, eigen = ([min(times) for times in zip(*runs, strict=True)] for runs in zip(*turns, strict=True))
+    return ynnpack, eigen
+
+
+def _ask(dtype: str, flag: str) -> list[float]:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
+    done = subprocess.run([sys.executable, __file__, f"--worker={dtype}"], env=env, capture_output=True, text=True, check=not flag)
+    return json.loads(done.stdout) if done.returncode == 0 else []  # XLA ends a process at a flag that it does not know
+
+
+def _step(seconds: list[float]) -> float:
+    return sum(count * each for count, each in zip(SHAPES.values(), seconds, strict=True))
+
+
+def _seconds(dtype: str) -> list[float]:
+    """Median time of each shape in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    found = []
+    for rows, inner, columns in SHAPES:
+        a, b = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+        product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)).lower(a, b).compile()
+        times = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            jax.block_until_ready(product(a, b))
+            times.append(time.perf_counter() - begin)
+        found.append(statistics.median(times[2:]))
+    return found
+
+
+if __name__ == "__main__":
+    main()
