@@ -10,14 +10,15 @@ of their own (AMX, Zen 4), Eigen, which multiplies them as float32, is slower; o
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-# (rows, inner, columns): how many of them a step has, roughly. An expert's products, the head's, and those of Newton-Schulz in the Gram form.
-SHAPES = {(512, 384, 1536): 300, (512, 1536, 384): 300, (2048, 384, 8192): 18, (384, 1536, 384): 200, (384, 384, 384): 1700}
+# (rows, inner, columns): how many of them a step has, roughly. An expert's products and the head's; those of Newton-Schulz in the Gram form.
+MODEL = {(512, 384, 1536): 144, (512, 1536, 384): 144, (2048, 384, 8192): 18}
+NEWTON_SCHULZ = {(384, 1536, 384): 200, (384, 384, 384): 1700}
+SHAPES = {**MODEL, **NEWTON_SCHULZ}
 
 
 def main():
@@ -26,21 +27,24 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return print(json.dumps(_seconds(args.worker)))
-    print(f"GFLOP/s, YNNPACK / Eigen, {os.cpu_count()} cores; the last line: Eigen's share of YNNPACK's time, all products of a step")
+    print(f"GFLOP/s, YNNPACK / Eigen, {os.cpu_count()} cores; the last line: Eigen's time over YNNPACK's, for all of a step in this type")
     found = {dtype: _both(dtype) for dtype in ("float32", "bfloat16")}
     print(f"{'rows x inner x columns':<26}" + "".join(f"{dtype:>14}" for dtype in found))
     for index, shape in enumerate(SHAPES):
         operations = 2e-9 * shape[0] * shape[1] * shape[2]
         cells = ("/".join(f"{operations / seconds[index]:.0f}" for seconds in both if seconds) for both in found.values())
         print(f"{' x '.join(map(str, shape)):<26}" + "".join(f"{cell:>14}" for cell in cells))
-    shares = (f"{_step(both[1]) / _step(both[0]):.2f}" if both[1] else "no Eigen" for both in found.values())
+    shares = (f"{_step(both[1], both[1]) / _step(both[0], both[0]):.2f}" if both[1] else "no Eigen" for both in found.values())
     print(f"{'':<26}" + "".join(f"{share:>14}" for share in shares))
 
 
 def faster(dtype: str) -> str:
-    """The flag for XLA_FLAGS under which a step's products of this type took less time just now: FLAG or ""."""
-    ynnpack, eigen = _both(dtype)
-    return FLAG if eigen and _step(eigen) < _step(ynnpack) else ""
+    """The flag for XLA_FLAGS under which the products of a step took less time just now: FLAG or "". dtype: the model's; Newton-Schulz has bfloat16 in both."""
+    found = {name: _both(name) for name in {dtype, "bfloat16"}}
+    if not found[dtype][1]:
+        return ""
+    ynnpack, eigen = (_step(found[dtype][library], found["bfloat16"][library]) for library in (0, 1))
+    return FLAG if eigen < ynnpack else ""
 
 
 def _both(dtype: str) -> tuple[list[float], list[float]]:
@@ -56,12 +60,14 @@ def _ask(dtype: str, flag: str) -> list[float]:
     return json.loads(done.stdout) if done.returncode == 0 else []  # XLA ends a process at a flag that it does not know
 
 
-def _step(seconds: list[float]) -> float:
-    return sum(count * each for count, each in zip(SHAPES.values(), seconds, strict=True))
+def _step(model: list[float], newton_schulz: list[float]) -> float:
+    """Seconds of all products of a step, from those of each shape in the model's type and in Newton-Schulz's."""
+    each = [*model[: len(MODEL)], *newton_schulz[len(MODEL) :]]
+    return sum(count * seconds for count, seconds in zip(SHAPES.values(), each, strict=True))
 
 
 def _seconds(dtype: str) -> list[float]:
-    """Median time of each shape in this process."""
+    """The least time of each shape in this process."""
     import jax
     import jax.numpy as jnp
 
@@ -74,7 +80,7 @@ def _seconds(dtype: str) -> list[float]:
             begin = time.perf_counter()
             jax.block_until_ready(product(a, b))
             times.append(time.perf_counter() - begin)
-        found.append(statistics.median(times[2:]))
+        found.append(min(times))
     return found
 
 
