@@ -23,7 +23,18 @@ from absl import app, flags
 from moe_jax.config_tools import apply_overrides, config_dict, flatten
 from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
 
-__all__ = ["StopRequests", "apply_overrides", "config_dict", "define_hosts", "define_mesh", "define_set", "flatten", "manual", "run"]
+__all__ = [
+    "StopRequests",
+    "apply_overrides",
+    "config_dict",
+    "define_hosts",
+    "define_mesh",
+    "define_set",
+    "flatten",
+    "manual",
+    "run",
+    "tell",
+]
 
 _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
@@ -64,7 +75,7 @@ class Hosts:
 
         found = distributed.initialize(self._coordinator.value, self._count.value, self._index.value, self._timeout.value)
         if found.count > 1 and found.index == 0:
-            print(found, file=sys.stderr, flush=True)
+            tell(str(found))
         return found
 
 
@@ -121,6 +132,12 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int 
         return _leave(1)
 
 
+def tell(line: str) -> None:
+    """Writes a line to stderr in one piece. print() writes its end by itself, and another process of the job may write to the same terminal in between."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def _stop_now(number: int, _: FrameType | None) -> None:
     raise Stopped(f"{signal.Signals(number).name}; the same command goes on from the last checkpoint")
 
@@ -129,7 +146,7 @@ def _say(kind: str, message: str) -> None:
     sys.stdout.flush()
     index = _process()
     who = "" if index is None else f" (process {index})"
-    print(f"{kind}{who}: {message}", file=sys.stderr, flush=True)
+    tell(f"{kind}{who}: {message}")
 
 
 def _process() -> int | None:

@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from absl import flags
 
-from launch.common import run
+from launch.common import run, tell
 from moe_jax.errors import ConfigError
 
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes.", lower_bound=1, required=True)
@@ -45,7 +45,6 @@ _VERBOSE = flags.DEFINE_boolean("verbose", False, "Show the stdout of every proc
 
 RESUMABLE = 75
 FINAL = (2, 3, 4)  # usage, data, checkpoint: the same command would meet them again
-_LAST_WORDS = 5.0  # seconds in which process 0 may say what an error was that reached every process, before it is ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _NOISE = re.compile(rb"\[Gloo\] Rank|is connected to \d+ peer ranks")  # gloo greets on stdout, from several threads at once
 
@@ -114,7 +113,7 @@ class Job:
     def __init__(self, command: Sequence[str], count: int, devices: int | None) -> None:
         self.asked_to_stop = 0  # the last signal that was handed on
         self._failed: Process | None = None
-        self._end_at = self._kill_at = float("inf")
+        self._kill_at = float("inf")
         self._began, port = time.monotonic(), free_port()
         self._streams = selectors.DefaultSelector()
         self._unfinished: dict[int, bytes] = collections.defaultdict(bytes)  # of each stream, the line that has no end yet
@@ -158,7 +157,7 @@ class Job:
                 self._streams.register(stream, selectors.EVENT_READ, (process, target))
 
     def _look(self) -> None:
-        """Notes who has ended; the first failure ends the others, once process 0 has had time for its line where the error may be everybody's."""
+        """Notes who has ended; the first failure ends the others."""
         ended = [process for process in self._processes if process.code is None and process.popen.poll() is not None]
         for process in ended:
             process.code = process.popen.returncode
@@ -166,17 +165,15 @@ class Job:
         # a process that jax aborted because another one died is not the one to blame
         failed = sorted((p for p in ended if p.code not in well), key=lambda p: (p.code == -signal.SIGABRT, p.index))
         if failed and not self._failed:
-            self._drain(failed[:1])
-            self._failed = failed[0]
-            self._end_at = time.monotonic() + _LAST_WORDS * (self._failed.code in (1, *FINAL))
-        if self._failed and (self._processes[0].code is not None or time.monotonic() >= self._end_at) and self._kill_at == float("inf"):
-            self._blame(self._failed)
+            self._blame(failed[0])
             self._signal(signal.SIGTERM)
             self._kill_at = time.monotonic() + _GRACE.value
         if time.monotonic() > self._kill_at:
             self._signal(signal.SIGKILL)
 
     def _blame(self, process: Process) -> None:
+        self._drain([process])
+        self._failed = process
         for line in process.unseen if process.index and not _VERBOSE.value else ():
             _write(sys.stderr, process, line)
         code, seconds = process.code or 0, time.monotonic() - self._began
@@ -240,7 +237,7 @@ def _write(target: Any, process: Process, line: bytes) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"launch.local: {text}", file=sys.stderr, flush=True)
+    tell(f"launch.local: {text}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Commands as a shell sees them: exit codes, one-line errors, the manual, and signals that stop cleanly."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -130,6 +132,15 @@ def test_a_command_runs_with_its_flags_and_overrides(shell):
 def test_a_typed_error_is_one_line_and_its_code(shell, error, code):
     kind = "stopped" if error == "Stopped" else "error"
     assert shell("--workdir=x", f"--do={error}") == (code, "", f"{kind}: what went wrong\n")
+
+
+def test_an_error_is_written_in_one_piece():
+    """Else another process that writes to the same terminal can come between a line and its end; a datagram is one write."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        subprocess.run([sys.executable, "-m", "launch.local", "--processes=2"], cwd=ROOT, stderr=theirs, check=False)
+        ours.settimeout(5)
+        assert re.fullmatch(rb"error: no command: .*\n", ours.recv(1 << 16))
 
 
 def test_a_bug_keeps_its_traceback(shell):
