@@ -2,9 +2,9 @@
 
     python benchmarks/products.py                # a table for float32 and bfloat16, sums in float32, at the shapes of the 79 M model's step
 
-A process is asked for one of them by XLA_FLAGS (`FLAG` for Eigen), for all its products. Which is faster depends on the CPU: where bfloat16 products have units
-of their own (AMX, Zen 4), Eigen, which multiplies them as float32, is slower; on an Intel Xeon without AMX it took three quarters of the time.
-`benchmarks/step.py` asks `faster` before it starts.
+A process is asked for one of them by XLA_FLAGS (`FLAG` for Eigen), for all its products; what XLA_FLAGS say of it already is left out here. Which is faster
+depends on the CPU: Eigen multiplies bfloat16 as float32, and on an Intel Xeon without AMX took three quarters of YNNPACK's time. `benchmarks/step.py` asks
+`faster` before it starts.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def _both(dtype: str) -> tuple[list[float], list[float]]:
 
 
 def _ask(dtype: str, flag: str) -> list[float]:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
+    others = [word for word in os.environ.get("XLA_FLAGS", "").split() if not word.startswith(FLAG)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*others, flag]).strip()}
     done = subprocess.run([sys.executable, __file__, f"--worker={dtype}"], env=env, capture_output=True, text=True, check=not flag)
     return json.loads(done.stdout) if done.returncode == 0 else []  # XLA ends a process at a flag that it does not know
 

@@ -6,7 +6,7 @@
 
 A step is one micro-batch forward and backward with dropout and gate noise, clipping, Muon and AdamW: all 79,059,840 parameters move. Each side is a
 process of its own; they step in turn, so that a busy machine disturbs all alike, under the same settings (process.py) and as many threads as cores.
-XLA multiplies with the faster of its two libraries, tried before the steps start (products.py).
+On a CPU XLA multiplies with the faster of its two libraries, tried before the steps start (products.py), unless XLA_FLAGS name one.
 On a CPU with jemalloc moe_jax steps twice: on one device, whose larger products use every core, and on a mesh of one device per core, where small products,
 passes over memory and Newton-Schulz run side by side too (launch.local --processes=1 --devices_per_process=2 -- python -m launch.train --mesh=expert=2 …).
 """
@@ -46,9 +46,10 @@ def main():
         return print_parts(args.parts)
     print(f"{BATCH} x {LENGTH} tokens a step, {os.cpu_count()} cores, {described()}")
     for dtype in [args.only] if args.only else ["float32", "bfloat16"]:
-        flag = products.faster(dtype) if runs_on_cpu() else ""
+        named = products.FLAG in os.environ.get("XLA_FLAGS", "")
+        flag = products.faster(dtype) if not named and runs_on_cpu() else ""
         env = {**os.environ, "XLA_FLAGS": f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()}
-        print(f"\n{dtype}: XLA's products by {'Eigen (' + flag + ')' if flag else 'its default'}")
+        print(f"\n{dtype}: XLA's products by {'Eigen (' + flag + ')' if flag else 'what XLA_FLAGS name' if named else 'its default'}")
         compare(dtype, args, env)
         if not args.no_parts:
             subprocess.run([sys.executable, __file__, f"--parts={dtype}"], check=True, env=env)

@@ -134,13 +134,14 @@ def test_a_typed_error_is_one_line_and_its_code(shell, error, code):
     assert shell("--workdir=x", f"--do={error}") == (code, "", f"{kind}: what went wrong\n")
 
 
-def test_an_error_is_written_in_one_piece():
+@pytest.mark.parametrize(("command", "line"), [((), rb"error: no command: .*\n"), (("--", "true"), rb"launch.local: started 2 .*\n")])
+def test_a_line_is_written_in_one_piece(command, line):
     """Else another process that writes to the same terminal can come between a line and its end; a datagram is one write."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        subprocess.run([sys.executable, "-m", "launch.local", "--processes=2"], cwd=ROOT, stderr=theirs, check=False)
+        subprocess.run([sys.executable, "-m", "launch.local", "--processes=2", *command], cwd=ROOT, stderr=theirs, check=False)
         ours.settimeout(5)
-        assert re.fullmatch(rb"error: no command: .*\n", ours.recv(1 << 16))
+        assert re.fullmatch(line, ours.recv(1 << 16))
 
 
 def test_a_bug_keeps_its_traceback(shell):
