@@ -62,7 +62,7 @@ class Generated:
         return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("cache", "token", "position", "done"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
     """Between two steps."""
@@ -107,7 +107,9 @@ class Sampler:
             raise ConfigError(f"room for {cache.length} tokens is less than the {width} of a prompt and {count} to sample")
         resolved = self.model.config.resolve(noise) if isinstance(noise, NoiseSpec) else noise
         draw = Draw(phase="rollout") if draw is None else draw
-        draw = dataclasses.replace(draw, **{name: np.uint32(getattr(draw, name)) for name in ("seed", "step", "row_offset")})
+        draw = dataclasses.replace(
+            draw, **{name: np.uint32(int(getattr(draw, name)) & 0xFFFFFFFF) for name in ("seed", "step", "row_offset")}
+        )
         how = (
             np.float32(sampling.temperature),
             np.float32(sampling.top_p or 1),

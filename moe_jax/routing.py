@@ -4,7 +4,6 @@ T tokens, D model width, E experts, K experts chosen per token.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ from moe_jax.errors import nearest
 SCORES = ("softmax", "sigmoid")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("ids", "weights"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingDecision:
     """What dispatch receives: for each token its K experts and their weights."""
@@ -26,7 +25,7 @@ class RoutingDecision:
     weights: Float[Array, "T K"]  # float32
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("ids", "weights", "layer_index"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingTrace:
     """The decisions of all MoE layers in global batch order; ids in the narrowest unsigned type, whose largest value means "not recorded"."""
@@ -78,8 +77,12 @@ def select(
                 f"replay_ids have shape {replay_ids.shape}; {k} experts for logits {logits.shape} need {(*logits.shape[:-1], k)}"
             )
         return replay_ids.astype(jnp.int32)
-    scores = logits if bias is None else jax.nn.sigmoid(logits) + bias
-    return top_k(jax.lax.stop_gradient(scores), k)[1]
+    return top_k(jax.lax.stop_gradient(ranked(logits, bias)), k)[1]
+
+
+def ranked(logits: Float[Array, "T E"], bias: Float[Array, "E"] | None = None) -> Float[Array, "T E"]:
+    """What selection orders experts by: the logits, or with a selection bias sigmoid(logits) + bias."""
+    return logits if bias is None else jax.nn.sigmoid(logits) + bias
 
 
 def combine(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", renormalise: bool = True) -> Float[Array, "T K"]:

@@ -19,19 +19,8 @@ from moe_jax import routing
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
-MARGIN_EDGES = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    3.0,
-    4.0,
-    float("inf"),
-)  # bins of explained_by_margin: lower edge in, upper edge out
+# bins of explained_by_margin: lower edge in, upper edge out
+MARGIN_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, float("inf"))
 NODES, REACH = 257, 7.0  # of predicted_flips: points of its integral, and how many standard deviations from a logit it looks
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from moe_jax import routing, routing_stats
 from moe_jax.errors import ConfigError
 from moe_jax.keys import Draw
-from moe_jax.model import Model
+from moe_jax.model.model import Model, check_ids
 from moe_jax.noise import Noise, NoiseSpec, SiteNoise
 from moe_jax.noise.sites import GROUPS
 from moe_jax.products import matmul
@@ -80,8 +80,9 @@ class Sensitivity:
     def at(self, metric: str = "loss", routes: str = "live", noisy: Sequence[str] | None = None, over: str = "seeds") -> np.ndarray:
         """One arm's differences from the clean pass, one per noise seed, or per batch (over="batches"). noisy: factors; None: all of them."""
         arm = (routes, tuple(name for name in self.factors if noisy is None or name in noisy))
-        if metric not in CLEAN or arm not in self.arms or not set(noisy or ()) <= set(self.factors):
-            raise ConfigError(f"there is no arm {routes!r} with noisy {noisy} and metric {metric!r}; factors: {', '.join(self.factors)}")
+        if metric not in CLEAN or arm not in self.arms or not set(noisy or ()) <= set(self.factors) or over not in ("seeds", "batches"):
+            given = f"{routes!r} with noisy {noisy} and metric {metric!r} over {over!r}"
+            raise ConfigError(f"there is no arm {given}; factors: {', '.join(self.factors)}; over: seeds, batches")
         found = self.values[metric][self.arms.index(arm)] - (self.clean if metric == "loss" else CLEAN[metric])
         return found @ np.array(self.tokens) / sum(self.tokens) if over == "seeds" else found.mean(0)
 
@@ -161,6 +162,7 @@ class _Run:
         """All arms on one batch. given: the routes to replay; None: the clean pass's."""
         config, weight, own = self.model.config, batch["weight"].reshape(-1), given is None
         sizes = config.moe_layers, config.num_experts, config.experts_per_token, *batch["tokens"].shape
+        check_ids(batch["tokens"], config.vocab_size)
         replays = {"live": _replay(empty_trace(*sizes))}
         clean, loss = self._pass(batch, (), replays["live"], self.seeds[0])
         given = clean[1] if given is None else given
@@ -191,7 +193,7 @@ class _Run:
         """(hidden, trace, router logits) of an arm, and the means over tokens of loss, KL and agreement, float64."""
         on = {site: float(name in noisy) for name, sites in self.factors.items() for site in sites}
         noise = Noise({site: scale * on[site] for site, scale in self.acting.scales.items()}, self.acting.structure)
-        draw = Draw(jnp.uint32(seed), jnp.uint32(0), self.phase, jnp.int32(len(self.tokens) * len(batch["tokens"])))
+        draw = Draw(jnp.uint32(seed & 0xFFFFFFFF), jnp.uint32(0), self.phase, jnp.int32(len(self.tokens) * len(batch["tokens"])))
         state = _forward(self.model, self.params, batch["tokens"], noise, draw, replay)
         each = _measure(self.model, self.params, batch, noise, draw, (clean or state)[0], state[0])
         return state, np.average(np.asarray(each, np.float64), -1, batch["weight"].reshape(-1))

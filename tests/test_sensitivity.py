@@ -287,6 +287,7 @@ def test_every_kind_is_off_at_scale_0(params, windows, kind):
         ({"batches": []}, "no batch"),
         ({"batches": np.zeros(7, np.int32)}, r"windows of S tokens"),
         ({"model": Model(CONFIG.replace(num_experts=0))}, "dense model has no routes"),
+        ({"batches": np.full((2, 9), 999)}, "token ids go from 999 to 999"),
     ],
 )
 def test_bad_input(params, windows, change, message):
@@ -301,3 +302,5 @@ def test_an_unknown_arm_is_named(found):
             found.at(*asked)
     with pytest.raises(ConfigError, match="perplexity"):
         found.at("perplexity")
+    with pytest.raises(ConfigError, match="over 'batch'; .*over: seeds, batches"):
+        found.at(over="batch")

@@ -20,7 +20,7 @@ from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.dense import dispatch_dense
 from moe_jax.dispatch.ragged import dispatch_ragged
 from moe_jax.dispatch.sharded import EXCHANGES, dispatch_sharded
-from moe_jax.errors import nearest
+from moe_jax.errors import ConfigError, nearest
 from moe_jax.experts import Experts
 from moe_jax.mesh import Layout
 from moe_jax.platforms import platform
@@ -52,7 +52,7 @@ def dispatch(
     buffers of all_to_all, in mean loads; what does not fit makes the layer take all_gather, and is counted. chunks: parts of a device's tokens that go
     through the experts one after the other, each computed again in the backward pass: less memory, the same numbers but for the order of sums.
     Products are in the type of x with float32 sums; gradients of weights come back in the weights' type. `experts.context` gets no gradient.
-    Raises ValueError for an unknown name or shapes that do not fit, NotImplementedError for what an implementation cannot do here.
+    Raises ValueError for an unknown name or shapes that do not fit, Unsupported for what an implementation cannot do here.
     """
     _check_shapes(x, decision, experts, tokens)
     if not callable(implementation) and implementation not in (None, *IMPLEMENTATIONS):
@@ -68,7 +68,7 @@ def dispatch(
         y, stats = one_by_one(local, chunks, x, decision, experts, tokens) if chunks > 1 else local(x, decision, experts, tokens)
         return y.astype(x.dtype), stats
     if len(x) % layout.size(*layout.tokens):
-        raise ValueError(
+        raise ConfigError(
             f"{len(x)} tokens do not divide over the mesh axes {', '.join(layout.tokens)}: {layout.size(*layout.tokens)} devices"
         )
     exchange: Any = "" if stays else implementation
@@ -109,8 +109,7 @@ def _check_shapes(x, decision: RoutingDecision, experts: Experts, tokens):
 class _CallableModule(types.ModuleType):
     """`mj.dispatch(x, ...)` is a name that users call, and importing this package makes `mj.dispatch` the package: so it can be called."""
 
-    def __call__(self, *args, **kwargs):
-        return dispatch(*args, **kwargs)
+    __call__ = staticmethod(dispatch)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.dispatch.base import DispatchStats, Group
+from moe_jax.errors import ConfigError
 from moe_jax.experts import Experts
 from moe_jax.manual import varying
 from moe_jax.products import weight_gradient
@@ -47,10 +48,10 @@ def exchange_all_gather(x, decision: RoutingDecision, experts: Experts, tokens, 
 def one_by_one(local: Callable, parts: int, x, decision: RoutingDecision, experts: Experts, tokens):
     """As `local`, the tokens in equal parts one after another, each computed again in the backward pass.
 
-    Errors of weight gradients come once, on the sum; an operator that cannot is not split. Raises ValueError where the tokens do not divide.
+    Errors of weight gradients come once, on the sum; an operator that cannot is not split. Raises ConfigError where the tokens do not divide.
     """
     if len(x) % parts:
-        raise ValueError(f"{len(x)} tokens of a device do not divide into {parts} parts; change dispatch_chunks")
+        raise ConfigError(f"{len(x)} tokens of a device do not divide into {parts} parts; change dispatch_chunks")
     operators = {name: operator.in_parts() for name, operator in experts.operators.items()}
     if None in operators.values():
         return local(x, decision, experts, tokens)

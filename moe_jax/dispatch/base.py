@@ -8,7 +8,6 @@ numbers (token*K + slot), so that whatever is drawn there is the same in every i
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.routing import RoutingDecision
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("load", "dropped", "padded", "overflow", "sent", "received"), meta_fields=()
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DispatchStats:
     """What a dispatch did with the T*K assignments. On a mesh `sent` and `received` have an entry for each device, the others are sums over all."""

@@ -99,17 +99,12 @@ def _backward(tiling: Tiling, residuals, dy):
     dx_rows, d_weight, d_experts = _each_tile(tiling, tables, numbers, one_tile, vary_like(carry, x, experts, tables, numbers, dy))
     dx = total(_combine(dx_rows, tables, jnp.ones_like(weights)), x).astype(x.dtype)
     d_weights = total(_take(d_weight, tables.row_of).reshape(weights.shape), weights).astype(weights.dtype)
-    found = {
-        name: weight_gradient(experts.operators.get(name), sums, w, experts.first_row(name)).astype(w.dtype)
-        for (name, sums), w in zip(d_experts.items(), (experts.weights[name] for name in d_experts), strict=True)
+    gradients = {
+        name: weight_gradient(experts.operators.get(name), d_experts[name], w, experts.first_row(name)).astype(w.dtype)
+        for name, w in experts.weights.items()
     }
-    return (
-        dx,
-        d_weights,
-        dataclasses.replace(experts, weights=found, operators=dict.fromkeys(experts.operators), context=None, first=None),
-        None,
-        None,
-    )
+    d_experts = dataclasses.replace(experts, weights=gradients, operators=dict.fromkeys(experts.operators), context=None, first=None)
+    return dx, d_weights, d_experts, None, None
 
 
 _weighted_sum.defvjp(_forward, _backward)

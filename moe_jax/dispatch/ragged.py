@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch.base import DispatchStats, row_numbers, sort_by_expert
+from moe_jax.errors import Unsupported
 from moe_jax.experts import Experts, expert_mlp
 from moe_jax.manual import vary_like
 from moe_jax.platforms import platform
@@ -19,11 +20,11 @@ from moe_jax.routing import RoutingDecision
 def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None, force: bool = False, partial: bool = False):
     """See `dispatch`; y is float32. force: run on a CPU all the same. partial: whether there may be assignments that are nobody's.
 
-    Raises NotImplementedError on a CPU without `force`.
+    Raises Unsupported (a NotImplementedError) on a CPU without `force`.
     """
     if platform() == "cpu" and not force:
-        raise NotImplementedError(
-            "implementation='ragged' on a CPU is up to 130 times slower than the matmuls it holds; use 'blocked', or pass force=True to run it anyway"
+        raise Unsupported(
+            "dispatch 'ragged' on a CPU is up to 130 times slower than the matmuls it holds; use 'blocked', or from Python force=True to run it anyway"
         )
     (count, slots), width = decision.ids.shape, x.shape[1]
     order, sizes = sort_by_expert(decision.ids, experts.count)

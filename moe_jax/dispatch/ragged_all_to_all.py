@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.dispatch.all_to_all import check_divided, collect, labels, or_fallback, spread, traffic
 from moe_jax.dispatch.base import DispatchStats, Group, sort_by_expert
 from moe_jax.dispatch.offsets import Offsets, capacity, device_counts, inverse, overflow, ragged_offsets
+from moe_jax.errors import Unsupported
 from moe_jax.experts import Experts
 from moe_jax.manual import vary_like
 from moe_jax.platforms import platform
@@ -37,10 +38,10 @@ def exchange_ragged_all_to_all(
 
     `padded` counts the empty rows of the receive buffer, which are not sent; `overflow` the assignments for this device's experts that it cannot
     hold. force: trace it on a CPU all the same, to compile for another platform.
-    Raises NotImplementedError on a CPU without `force`, ValueError as `exchange_all_to_all` does.
+    Raises Unsupported on a CPU without `force`, ValueError as `exchange_all_to_all` does.
     """
     if platform() == "cpu" and not force:
-        raise NotImplementedError("XLA has no ragged all-to-all for CPUs; use all_to_all, or force=True to compile for another platform")
+        raise Unsupported("XLA has no ragged all-to-all for CPUs; use all_to_all, or force=True to compile for another platform")
     check_divided(x, group)
     assignments, slots = decision.ids.size, decision.ids.shape[1]
     rows = capacity(assignments, group.size * assignments, factor)

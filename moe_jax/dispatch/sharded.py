@@ -52,7 +52,7 @@ def dispatch_sharded(
     if name is None:
         name = pick_exchange(group, decision.ids.shape[1], factor) if axes else ""
     stays = not name or not axes
-    exchange = _staying(local) if stays else _exchange(name, group, local, factor, force, divided=set(axes) <= set(layout.tokens))
+    exchange = local if stays else _exchange(name, group, local, factor, force, divided=set(axes) <= set(layout.tokens))
 
     in_parts = functools.partial(one_by_one, exchange, chunks) if chunks > 1 else exchange
 
@@ -69,10 +69,6 @@ def dispatch_sharded(
     stats = DispatchStats(*specs)
     placed = dataclasses.replace(experts, first=jnp.asarray(experts.first))
     return layout.mapped(body, (rows, rows, given, rows), (rows, stats))(x, decision, placed, tokens)
-
-
-def _staying(local: Callable) -> Callable:
-    return functools.partial(local, partial=False)
 
 
 def _exchange(name: str, group: Group, local: Callable, factor: float, force: bool, divided: bool) -> Callable:

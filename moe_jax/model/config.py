@@ -33,6 +33,11 @@ class DTypePolicy:
                 raise ConfigError(f"dtypes.{field} is {getattr(self, field)!r}; use float32 or bfloat16")
 
 
+def _at_least_one(field: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{field} must be at least 1, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder: pre-norm blocks of causal attention and a feed-forward that is a mixture of experts, or dense where `dense_layers` says so."""
@@ -70,9 +75,8 @@ class ModelConfig:
     tie_embeddings: bool = True
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
     init_std: float = 0.02
-    dropout: float = (
-        0.0  # at six sites: embedding, attention weights, attention output, expert hidden, feed-forward output, before the head
-    )
+    # at six sites: embedding, attention weights, attention output, expert hidden, feed-forward output, before the head
+    dropout: float = 0.0
 
     dtypes: DTypePolicy = DTypePolicy()
     remat: str = "none"  # what a backward pass computes again: nothing, all but matmul results, or whole blocks; expert ids never
@@ -108,8 +112,9 @@ class ModelConfig:
 
     def _check_sizes(self):
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size", "dispatch_chunks"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
+            _at_least_one(field, getattr(self, field))
+        _at_least_one("num_kv_heads", self.kv_heads)
+        _at_least_one("head_dim", self.head_width)
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}; change one of them or set head_dim")
         if self.head_width % 2:

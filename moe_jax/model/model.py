@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import paths
 from moe_jax.axes import ParamSpec, Rules
-from moe_jax.errors import ConfigError, Unsupported
+from moe_jax.errors import ConfigError
 from moe_jax.keys import Draw, parameter_key
-from moe_jax.losses import cross_entropy, token_log_probs
+from moe_jax.losses import BALANCE_SCOPES, cross_entropy, token_log_probs
 from moe_jax.mesh import DEFAULT_RULES, Layout
 from moe_jax.model.cache import Cache
 from moe_jax.model.config import ModelConfig
@@ -48,16 +48,13 @@ class Output:
     router_logits: Float[Array, "L B S E"] | None  # capture "router_logits": before softmax, as selection saw them
     aux: dict[str, tuple[jax.Array, jax.Array]]  # (sum, count): balance_loss and z_loss over layers, router/… over tokens and layers
     load: Float[Array, "L E"] | None  # assignments per expert; None for a dense model
-    residual_ids: (
-        Int[Array, "L B S K"] | None
-    )  # capture "residual_ids": the choice if each router read its block's input (not real routing)
-    router: dict[str, tuple[jax.Array, jax.Array]] = dataclasses.field(
-        default_factory=dict
-    )  # router/… and replay/… of each layer: (sum [L], count [L])
+    # capture "residual_ids": the choice if each router read its block's input (not real routing)
+    residual_ids: Int[Array, "L B S K"] | None
+    # router/… and replay/… of each layer: (sum [L], count [L])
+    router: dict[str, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
     bias_load: Float[Array, "L E"] | None = None  # of a model with a selection bias: the load that its update follows
-    balance: tuple[jax.Array, jax.Array] | None = (
-        None  # scope "global_batch": counts and mean scores [L, E], for a loss over more than this batch
-    )
+    # scope "global_batch": counts and mean scores [L, E], for a loss over more than this batch
+    balance: tuple[jax.Array, jax.Array] | None = None
 
 
 class Model:
@@ -68,10 +65,6 @@ class Model:
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES):
         self.config, self.mesh, self.rules = config, mesh, rules
-        if mesh is not None and mesh.shape.get("lanes", 1) > 1:
-            raise Unsupported(
-                f"a model does not go over {mesh.shape['lanes']} lanes, which are runs of their own: launch.study --lanes divides a study"
-            )
         self.specs, self._forward = declare_decoder(config)
 
     def init(self, seed: int | jax.Array = 0) -> dict[str, Any]:
@@ -187,6 +180,7 @@ class Model:
         config = self.config
         if tokens.ndim != 2 or tokens.shape[1] > config.max_seq_len:
             raise ConfigError(f"tokens must be [batch, sequence up to max_seq_len={config.max_seq_len}], got shape {tokens.shape}")
+        check_ids(tokens, config.vocab_size)
         draw = Draw() if draw is None else draw
         resolved = config.resolve(noise) if isinstance(noise, NoiseSpec) else noise
         scales = resolved.scales if resolved else {}
@@ -244,6 +238,8 @@ class Model:
         gradient. balance_scope: "microbatch" counts the load of
         these B sequences together, on all devices; "sequence" of each by itself; "global_batch" as "microbatch", and gives `Output.balance` besides.
         """
+        if balance_scope not in BALANCE_SCOPES:
+            raise ConfigError(f"unknown balance_scope {balance_scope!r}; known: {', '.join(BALANCE_SCOPES)}")
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
         scope = dataclasses.replace(scope, balance=balance_scope)
         out, _ = self._features(params, tokens, scope, scales, capture, replay)
@@ -299,18 +295,8 @@ class Model:
         each = {name: value for name, value in router.items() if name.startswith(("router/", "replay/"))}
         aux |= {name: (total.sum(), count.sum()) for name, (total, count) in each.items()}
         logits = router["logits"] if "router_logits" in capture else None
-        return Output(
-            hidden,
-            None,
-            trace,
-            logits,
-            aux,
-            router["load"],
-            router.get("residual_ids"),
-            each,
-            router.get("bias_load"),
-            router.get("balance"),
-        )
+        kept = {name: router.get(name) for name in ("load", "residual_ids", "bias_load", "balance")}
+        return Output(hidden, None, trace, logits, aux, router=each, **kept)
 
     def stacks(self) -> dict[str, tuple[int, ...]]:
         """Name of each stack of layers -> the absolute layers that the leading axis of its parameters counts."""
@@ -340,3 +326,15 @@ class Model:
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"total {self.parameter_count():,}, active {self.active_parameter_count():,}"])
+
+
+def check_ids(tokens: Int[Array | np.ndarray, "B S"], vocab_size: int) -> None:
+    """ConfigError for ids that are no words, which the lookup would take for others. Where they are being traced they are not at hand, and pass."""
+    if isinstance(tokens, Tracer) or not getattr(tokens, "is_fully_addressable", True) or not tokens.size:
+        return
+    host = np.asarray(tokens)  # numpy computes even while a program that holds these ids is being traced
+    low, high = int(host.min()), int(host.max())
+    if low < 0 or high >= vocab_size:
+        raise ConfigError(
+            f"token ids go from {low} to {high}, the model's vocabulary from 0 to {vocab_size - 1}; was another tokenizer meant?"
+        )

@@ -24,9 +24,8 @@ from moe_jax.products import matmul
 from moe_jax.replay import Replay
 
 ROUTER_SITES = ("router_logits", "router_input", "router_gemm")
-ROUTING = (
-    "routing"  # a backward pass that computes a layer again must use the ids and weights that were used, to the bit: they are always saved
-)
+# a backward pass that computes a layer again must use the ids and weights that were used, to the bit: they are always saved
+ROUTING = "routing"
 
 _LIVE = Replay(None, selection_bias="replayed")  # type: ignore[arg-type]  # without a replay, what is used is what was chosen
 
@@ -51,7 +50,8 @@ class MoE(nnx.Module):
         """The layer's output, and what the router did. routed: what the router reads instead of x (x with another noise). replay: this layer's routes."""
         c, tokens = self.config, scope.tokens.reshape(-1)
         flat = x.reshape(-1, x.shape[-1])
-        read = scope.perturb(flat if routed is None else routed.reshape(flat.shape), "router_input")
+        entered = flat if routed is None else routed.reshape(flat.shape)
+        read = scope.perturb(entered, "router_input")
         if "stop_gate_gradient" in scope.freeze:
             read = jax.lax.stop_gradient(read)
         divided, exact = scope.layout is not None, jax.lax.Precision.HIGHEST
@@ -82,8 +82,9 @@ class MoE(nnx.Module):
             **routing_stats.health(seen("selection"), c.experts_per_token, top_k=scope.top_k),
         }
         if any(scope.noise(site) for site in ROUTER_SITES):
-            exact = clean if not any(scope.noise(site) for site in ROUTER_SITES[1:]) else routing.router_logits(flat, self.router[...])
-            router |= routing_stats.flips(exact, seen("selection"), c.experts_per_token, top_k=scope.top_k)
+            exact = clean if not any(scope.noise(site) for site in ROUTER_SITES[1:]) else routing.router_logits(entered, self.router[...])
+            before, after = (routing.ranked(logits, bias) for logits in (exact, seen("selection")))
+            router |= routing_stats.flips(before, after, c.experts_per_token, top_k=scope.top_k)
         return y.reshape(x.shape), router | ({} if replay is None else replay.counts(live, ids, recorded))
 
     def _exchanged(self, stats: DispatchStats) -> dict:
@@ -117,7 +118,8 @@ class MoE(nnx.Module):
     def ids_on(self, x: Float[Array, "B S D"], scope: Scope) -> Int[Array, "B S K"]:
         """The experts this router would choose if it read x, which it was not made for: the usage that the seed study measured."""
         logits = routing.router_logits(x.reshape(-1, x.shape[-1]), self.router[...])
-        ids = routing.select(logits, self.config.experts_per_token, top_k=scope.top_k)
+        bias = self.selection_bias[...] if self.config.selection_bias else None
+        ids = routing.select(logits, self.config.experts_per_token, bias=bias, top_k=scope.top_k)
         return ids.astype(routing.trace_dtype(self.config.num_experts)).reshape(*x.shape[:2], -1)
 
     def _learned(self, clean, read, scope: Scope):

@@ -41,6 +41,8 @@ def check(site: str, kind: str, passes: Iterable[str], reach: tuple[str, ...] | 
         raise ConfigError(f"noise at {site!r} has passes {tuple(passes)}, but a site that is no matmul acts in the pass forward alone")
     known = REACHES.get(site, ())
     unknown = [name for name in reach or () if name not in known]
+    if reach == ():
+        raise ConfigError(f"noise at {site!r} reaches nobody; name who reads it ({', '.join(known)}), or leave reach out for all")
     if unknown and not known:
         raise ConfigError(f"noise at {site!r} names a reach {reach}; only {' and '.join(REACHES)} have one")
     if unknown:

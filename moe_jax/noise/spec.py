@@ -18,6 +18,7 @@ scale.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -76,7 +77,8 @@ class SiteNoise:
         if self.kind != "quantise" and self.format is not None:
             raise ConfigError(f"noise kind {self.kind!r} has no format, got {self.format!r}; only quantise has one")
         most = 1.0 if self.kind in ("quantise", "bit_flip") else math.inf
-        if isinstance(self.scale, (int, float, list, tuple, np.number, np.ndarray)):  # an array of jax may be traced: it has no value here
+        # an array of jax may be traced: it has no value here
+        if all(isinstance(part, (int, float, np.number, np.ndarray)) for part in jax.tree.leaves(self.scale)):
             given = np.asarray(self.scale, np.float64)
             if not (np.isfinite(given) & (given >= 0) & (given <= most)).all():
                 limits = "finite and not negative" if most == math.inf else f"from 0 to {most:g}"
@@ -134,6 +136,8 @@ class NoiseSpec:
         if prefix not in PRESETS:
             known = ("seed_gate_S with a number S", *DEFAULT_SCALE)
             raise ConfigError(f"unknown noise preset {name!r}{nearest(name, DEFAULT_SCALE)}; known: {', '.join(known)}")
+        if set(number) & set(",:="):
+            raise ConfigError(f"a noise preset stands alone, got {name!r}; write its sites out to combine or change it: {PRESETS[prefix]}")
         return cls.parse(PRESETS[prefix].format(number))
 
     def by_site(self) -> dict[str, SiteNoise]:
@@ -191,7 +195,7 @@ _STATIC = tuple(field.name for field in dataclasses.fields(SiteNoise) if field.n
 
 
 def _per_layer(noise: SiteNoise) -> bool:
-    return noise.layers is not None or np.ndim(noise.scale) > 0
+    return noise.layers is not None or isinstance(noise.scale, list | tuple) or np.ndim(noise.scale) > 0
 
 
 def _layer_scales(site: str, noise: SiteNoise, num_layers: int) -> jax.Array:
@@ -229,7 +233,10 @@ def _site_noise(text: str, entry: str) -> SiteNoise:
     kind, *options = text.split(":")
     if not kind or not options:
         raise ConfigError(f"cannot read noise {entry!r}; write site=kind:scale, e.g. router_logits=additive:0.1")
-    fields: dict[str, Any] = dict(_option(option, entry) for option in options[1:])
+    pairs = [_option(option, entry) for option in options[1:]]
+    fields: dict[str, Any] = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ConfigError(f"noise {entry!r} gives an option twice; give each once")
     if kind == "quantise" and options[0][:1].isalpha():
         return SiteNoise(kind, 1.0, **{"format": options[0], **fields})
     try:
@@ -262,13 +269,13 @@ def _layer_numbers(text: str) -> Iterable[int]:
         yield from layers
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("scales",), meta_fields=("structure",))
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """A spec resolved for one model: what a compiled program takes. Leaves: one float32 scale per layer and site."""
 
     scales: dict[str, jax.Array]  # site -> Float[L]
-    structure: tuple[tuple[str, SiteNoise], ...]  # static; scale and layers are None here
+    structure: tuple[tuple[str, SiteNoise], ...]  # static; here scale is 0 and layers None
 
     def in_phase(self, phase: str) -> "Noise | None":
         """The sites that act in a phase; None when there are none, so that the program is the one without noise."""
@@ -278,10 +285,3 @@ class Noise:
     def scaled(self, factor: float) -> "Noise":
         """The same structure, and so the same program, with every scale times `factor`."""
         return Noise({site: scale * factor for site, scale in self.scales.items()}, self.structure)
-
-    def tree_flatten(self):
-        return (self.scales,), self.structure
-
-    @classmethod
-    def tree_unflatten(cls, structure, children):
-        return cls(children[0], structure)

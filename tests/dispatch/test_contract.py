@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.dispatch import DispatchStats, dispatch
 from moe_jax.dispatch.blocked import dispatch_blocked
+from moe_jax.errors import Unsupported
 from moe_jax.experts import Experts
 from moe_jax.routing import RoutingDecision, select
 from tests.dispatch import reference
@@ -262,7 +263,7 @@ def test_refusals():
     experts = Experts(matrices)
     with pytest.raises(ValueError, match=r"'bloked' \(did you mean 'blocked'\?\); known: dense, blocked, ragged"):
         dispatch(x, decision, experts, "bloked")
-    with pytest.raises(NotImplementedError, match="130 times slower.*force=True"):
+    with pytest.raises(Unsupported, match="130 times slower.*force=True"):
         dispatch(x, decision, experts, "ragged")
     with pytest.raises(ValueError, match=r"shape \[T, D\], got \(1, 13, 8\)"):
         dispatch(x[None], decision, experts)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import paths
+from moe_jax.errors import ConfigError
 from moe_jax.mesh import MeshSpec
 from moe_jax.model import DTypePolicy, Model, ModelConfig
 from moe_jax.noise import NoiseSpec
@@ -166,6 +167,17 @@ def test_bfloat16_is_near_float32(make_model, params, tokens):
     assert 0 < abs(other / loss - 1) < 0.01
     assert (other_out.trace.ids != out.trace.ids).mean() < 0.05
     assert 0 < abs(other_out.router_logits - out.router_logits).max() < 0.05 * abs(out.router_logits).max()
+
+
+def test_ids_that_are_no_words_are_refused(make_model, params, tokens):
+    for wrong, message in ((tokens.at[0, 1].set(260), "from . to 260"), (tokens.at[0, 1].set(-1), "from -1 to")):
+        with pytest.raises(ConfigError, match=f"token ids go {message}.*, the model's vocabulary from 0 to 259"):
+            make_model().apply(params, wrong)
+
+
+def test_a_balance_scope_that_is_none_is_refused(make_model, params, tokens):
+    with pytest.raises(ConfigError, match="unknown balance_scope 'sequences'; known: sequence, microbatch, global_batch"):
+        make_model().loss(params, tokens, tokens, balance_scope="sequences")
 
 
 def test_noise_must_fit_the_model(make_model, params, tokens):

@@ -120,6 +120,27 @@ def test_sigmoid_scores_and_a_selection_bias():
     np.testing.assert_allclose(router["balance_loss"], balance_loss(logits, ids, "sigmoid"), rtol=1e-5)
 
 
+def test_with_a_selection_bias_flips_are_those_of_the_chosen():
+    """A bias that decides alone: noise on the logits changes nobody's experts, and the router's own ids on another input are as biased."""
+    params, call = layer_of(router_score="sigmoid", selection_bias=True)
+    params["selection_bias"] = jnp.array([10.0, 0.0, 0.0, 10.0])
+    scope = scope_of(NoiseSpec.parse("router_logits=additive:1.0"))
+    _, router = call(params, X, scope)
+    assert set(np.unique(router["ids"])) == {0, 3} and router["router/flips"][0] == 0 < router["router/flips"][1]
+    _, ids_on = bind(
+        type("Residual", (MoE,), {"__call__": MoE.ids_on})(ModelConfig.preset("tiny", router_score="sigmoid", selection_bias=True))
+    )
+    assert set(np.unique(ids_on(params, X, scope))) == {0, 3}
+
+
+def test_flips_are_against_what_the_router_reads(layer):
+    """Where the experts alone read a noisy norm, the router's tiny noise flips nothing."""
+    params, call = layer
+    scope = scope_of(NoiseSpec.parse("router_gemm=relative:1e-7"))
+    _, router = call(params, X + 2.0 * jnp.roll(X, 1, 0), scope, routed=X)
+    assert router["router/flips"][0] == 0
+
+
 def test_router_logits_are_float32_whatever_the_activations_are(layer):
     """From bfloat16 activations the logits are exact to float32 rounding; a product in bfloat16 is 100 times farther off."""
     params, call = layer

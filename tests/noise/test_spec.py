@@ -128,6 +128,10 @@ BAD = {
     "matmul=relative:0.1": r"unknown noise site 'matmul' \(did you mean 'matmuls'\?\)",
     "router_logits=additive": r"cannot read noise 'router_logits=additive'; write site=kind:scale, e.g. router_logits=additive:0.1",
     "router_logits": "cannot read noise 'router_logits'; write site=kind:scale",
+    "relative:0.1:phases=train:phases=eval": "noise 'relative:0.1:phases=train:phases=eval' gives an option twice",
+    "seed_gate_0.1,experts=relative:0.05": "a noise preset stands alone, got 'seed_gate_0.1,.*'; write its sites out .*: router_logits=additive",
+    "seed_gate_0.1:phases=eval": "a noise preset stands alone",
+    "router_logits=additive:0.1:reach=": "unknown reach ''",
     "router_logits=": "cannot read noise 'router_logits='",
     "router_logits=additive:0.1,router_logits=relative:0.2": "'router_logits' is given twice, the second time as 'router_logits=relative:0.2'",
 }
@@ -218,6 +222,19 @@ def test_leaves_are_scales_and_the_rest_is_structure():
     resolved = spec.resolve(2)
     assert jax.tree.structure(resolved) == jax.tree.structure(resolved.scaled(3.0))
     assert len(jax.tree.leaves(resolved)) == 2
+
+
+def test_scales_per_layer_may_be_traced():
+    spec = NoiseSpec(
+        {"router_input": SiteNoise("relative", (1.0, 2.0, 3.0), layers=(0, 2)), "router_logits": SiteNoise("additive", [0.5, 0, 1])}
+    )
+    inside, outside = jax.jit(lambda spec: spec.resolve(3).scales)(spec), spec.resolve(3).scales
+    assert all((inside[site] == outside[site]).all() for site in outside)
+
+
+def test_a_reach_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match="reaches nobody; name who reads it"):
+        NoiseSpec({"router_logits": SiteNoise("additive", 0.1, reach=())})
 
 
 def test_new_scales_do_not_trace_again():
