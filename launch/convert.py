@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from launch.common import run
+from launch.common import run, tell
 
 _FROM: Any = flags.DEFINE_string("from", None, "The model.", required=True)
 _TO = flags.DEFINE_string("to", None, "The new folder. Needed unless --dry_run.")
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         config = upcycled(config, _EXPERTS.value, _PER_TOKEN.value, _ROUTER.value, _layers(_DENSE.value))
     model, family = Model(config), family_of(config)
     if _DRY_RUN.value:
-        print(json.dumps(config_json(config, family), indent=2))
+        print(json.dumps(config_json(config, family, _DTYPE.value), indent=2))
         print(model.param_table())
         return
     if not _TO.value:
@@ -64,15 +64,34 @@ def main(argv: list[str]) -> None:
         params = upcycle(Model(saved.config), params, model, _SEED.value, _EXPERT_NOISE.value, _REINITIALISE.value)
     companions = _FROM.value if Path(_FROM.value).is_dir() else None
     save_hf(model, params, _TO.value, _DTYPE.value, int(_SHARD.value * 1e9), companions, Transfer("wrote"))
-    if saved.tokenizer is not None and not (Path(_TO.value) / "tokenizer.json").is_file():
-        from moe_jax.train.tokenizers import save
-
-        save(saved.tokenizer, Path(_TO.value))
+    if not (Path(_TO.value) / "tokenizer.json").is_file():
+        _save_tokenizer(saved, Path(_TO.value))
     kind = _DTYPE.value or config.dtypes.params
     size = model.parameter_count() * jnp.dtype(kind).itemsize / 1e9
     print(
         f"{family.architecture}, {model.parameter_count():,} parameters ({model.active_parameter_count():,} active), {size:.2f} GB in {kind}: {_TO.value}"
     )
+
+
+def _save_tokenizer(saved, folder) -> None:
+    """tokenizer.json of the model, or of the run that trained it; a line on stderr where there should be one and is none."""
+    from moe_jax.errors import DataError
+    from moe_jax.train import tokenizers
+    from moe_jax.train.data import load_corpus
+    from moe_jax.train.sources import cache_root
+
+    spec = saved.tokenizer or (saved.run.data.tokenizer if saved.run else "bytes")
+    try:
+        if spec.startswith("bpe:"):  # trained on the run's text, and kept in the cache
+            mark = load_corpus(saved.run.data).tokenizer.fingerprint
+            kept = [f"{path}#{tokenizers.END_OF_TEXT}" for path in cache_root().glob(f"bpe-{spec[4:]}-*/tokenizer-*.json")]
+            spec = next((one for one in kept if tokenizers.load(one).fingerprint == mark), "")
+            if not spec:
+                raise DataError(f"{cache_root()} does not keep that of {saved.run.data.source}")
+        if spec != "bytes":  # which no library has
+            tokenizers.save(spec, folder)
+    except DataError as error:
+        tell(f"no tokenizer.json: {error}")
 
 
 def _layers(texts: list[str]) -> tuple[int, ...]:

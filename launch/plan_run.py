@@ -13,18 +13,20 @@ import jax
 from moe_jax import config_tools
 from moe_jax.errors import ConfigError
 from moe_jax.mesh import MeshSpec
+from moe_jax.model import ModelConfig
 from moe_jax.noise import NoiseSpec
+from moe_jax.optim.plan import OptimizerConfig
 from moe_jax.plan import report
 from moe_jax.plan.chips import CHIPS
 from moe_jax.plan.costs import USUAL, best, fitted, preset_run
-from moe_jax.plan.plan import make_plan
-from moe_jax.plan.search import search, why
+from moe_jax.plan.plan import candidates, make_plan
 from moe_jax.plan.topology import Topology, topology
 from moe_jax.rl.config import RLConfig
 from moe_jax.rl.planned import PolicyRun
 from moe_jax.studies.document import Heading, Table, to_html, to_text
 from moe_jax.train.run_config import RunConfig
 from moe_jax.train.sources import cache_root
+from moe_jax.train.step import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Request:
         """The noise; the site "all" stands for every matmul."""
         return re.sub(r"(^|,)\s*all=", r"\1matmuls=", self.noise)
 
+    def given_mesh(self) -> MeshSpec | None:
+        return MeshSpec.parse(self.mesh) if self.mesh else None
+
 
 def make(request: Request, override: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig, Topology, int]:
     """The run to plan, the devices, and how many such runs there are."""
-    if request.mesh:
-        MeshSpec.parse(request.mesh)
+    request.given_mesh()  # a wrong one is refused first
     if request.preset:
-        model = preset_run(request.preset, 1).model
+        model = ModelConfig.preset(request.preset)
         if request.seq and request.seq > model.max_seq_len:
             raise ConfigError(f"--seq={request.seq} is longer than the {model.max_seq_len} positions of {request.preset}")
     devices = topology(request.topology)
@@ -76,20 +80,16 @@ def _of_study(request: Request) -> tuple[RunConfig, int]:
 
 def describe(config: RunConfig, devices: Topology, request: Request) -> str:
     """What the models say, nothing compiled."""
-    text = [json.dumps(config_tools.config_dict(config), indent=2)]
-    if devices.chip:
-        found = search(config, devices.chip, devices.size, devices.devices, bool(request.remat))
-        text.append(why(found, devices.chip))
-    return "\n".join(text)
+    _, explanation, _ = candidates(config, devices, request.given_mesh(), bool(request.remat))
+    return f"{json.dumps(config_tools.config_dict(config), indent=2)}\n{explanation}"
 
 
 def write(
     config: RunConfig, devices: Topology, request: Request, runs: int, steps: tuple[str, ...], folder: Path | None, argv: list[str]
 ) -> int:
     """Compiles, prints and writes; 0 when it fits."""
-    mesh = MeshSpec.parse(request.mesh) if request.mesh else None
     say = functools.partial(print, file=sys.stderr, flush=True)
-    plan = make_plan(config, devices, mesh, steps, bool(request.remat), say, cache_root() / "plans")
+    plan = make_plan(config, devices, request.given_mesh(), steps, bool(request.remat), say, cache_root() / "plans")
     others = () if plan.fits else would_fit(config, request.topology, bool(request.remat))
     found = report.blocks(plan, runs, others, command(plan, request))
     text = "\n\n".join(_plain(block) for block in found)
@@ -140,10 +140,6 @@ def command(plan, request: Request) -> str:
         changed = config_tools.differences(own, plan.config)
         otherwise = f", but for what the study sets otherwise: {'; '.join(changed)}" if changed else ""
         return f"python -m launch.study --experiment={request.experiment} --mesh={plan.mesh} --workdir=…{otherwise}"
-    from moe_jax.model import ModelConfig
-    from moe_jax.optim.plan import OptimizerConfig
-    from moe_jax.train.step import Objective
-
     changed = {}
     for prefix, now, usual in (
         ("model", plan.config.model, ModelConfig.preset(request.preset)),
@@ -159,6 +155,6 @@ def command(plan, request: Request) -> str:
         "data.accumulation": data.accumulation,
         "eval_batch": plan.config.eval_batch,
     }
-    sets = " ".join(f"--set {name}={value}" for name, value in changed.items())
+    sets = " ".join(f"--set {name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in changed.items())
     noise = f" --noise={plan.noise}" if plan.noise else ""
     return f"python -m launch.train --preset={request.preset} --mesh={plan.mesh} --steps={plan.config.updates}{noise} {sets} --workdir=…"

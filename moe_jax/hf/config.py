@@ -151,10 +151,8 @@ def _experts(values: dict[str, Any], family: Family, layers: int) -> dict[str, A
 def _window(values: dict[str, Any], layers: int) -> int | None:
     """The sliding window, which all layers have or none."""
     window = values.get("sliding_window")
-    if not window or values.get("use_sliding_window") is False and values["model_type"] != "mixtral":
-        return None
-    if values["model_type"] == "mixtral":
-        return window
+    if not window or values["model_type"] == "mixtral":
+        return window or None
     kinds = values.get("layer_types") or [
         "full_attention" if layer < values.get("max_window_layers", 28) else "sliding_attention" for layer in range(layers)
     ]
@@ -214,8 +212,8 @@ _COMPARED = """vocab_size d_model num_layers num_heads kv_heads head_width max_s
     output_bias sliding_window clip_qkv tie_embeddings activation""".split()
 
 
-def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """config.json as a dict, in the spelling that transformers 4 and 5 both read."""
+def config_json(config: ModelConfig, family: Family, dtype: str | None = None) -> dict[str, Any]:
+    """config.json as a dict, in the spelling that transformers 4 and 5 both read. dtype: of the files' numbers; None: that of the parameters."""
     values: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -231,7 +229,7 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": config.dtypes.params,
+        "torch_dtype": dtype or config.dtypes.params,
     }
     if family.biases == "attention_bias":
         values["attention_bias"] = config.attention_bias

@@ -74,13 +74,17 @@ class Tensor:
         return math.prod(self.shape) // elements * size
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Its values, or those of a slice for each axis; all of its bytes are read."""
+        """Its values, or those of a slice for each axis; only whole rows, which are whole blocks, are read. Of q and k all, since their order changes."""
         _, size, meaning = _TYPES[self.kind][1]
-        values = meaning(np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset).reshape(-1, size)).reshape(self.shape)
+        part = bool(index and self.shape[1:]) and not self.heads
+        first, last, _ = index[0].indices(self.shape[0]) if part else (0, self.shape[0], 1)
+        row = self.nbytes // self.shape[0] if part else 0
+        stored = np.fromfile(self.file, np.uint8, (last - first) * row if part else self.nbytes, offset=self.offset + first * row)
+        values = meaning(stored.reshape(-1, size)).reshape(last - first, *self.shape[1:])
         if self.heads:
             rows, columns = self.shape
             values = values.reshape(self.heads, rows // self.heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        return np.ascontiguousarray(values[index])
+        return np.ascontiguousarray(values[(slice(None), *index[1:]) if part else index])
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import paths
-from moe_jax.axes import ParamSpec, Rules
+from moe_jax.axes import ParamSpec
 from moe_jax.errors import CheckpointError
-from moe_jax.hf.config import FAMILIES, read_config
+from moe_jax.hf.config import read_config
 from moe_jax.hf.names import Target, targets
 from moe_jax.hf.shards import find_tensors
-from moe_jax.mesh import DEFAULT_RULES
 from moe_jax.model import DTypePolicy, Model, ModelConfig
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -46,7 +45,6 @@ def load_hf(
     mesh: Mesh | None = None,
     dtype: str = "float32",
     progress: Progress | None = None,
-    rules: Rules = DEFAULT_RULES,
 ) -> tuple[Model, dict[str, Any]]:
     """The model of a Hugging Face checkpoint folder and its parameters, each on the devices where the mesh wants it.
 
@@ -56,28 +54,8 @@ def load_hf(
     """
     folder = Path(path)
     config, family = read_config(folder)
-    model = model_of(config, mesh, dtype, rules)
+    model = Model(config.replace(dtypes=DTypePolicy(dtype, dtype)), mesh)
     return model, fill(model, targets(model, family), find_tensors(folder), str(folder), progress)
-
-
-def load_gguf(
-    path: str | PathLike[str],
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
-    progress: Progress | None = None,
-    rules: Rules = DEFAULT_RULES,
-) -> tuple[Model, dict[str, Any]]:
-    """As `load_hf`, of a GGUF file of the Llama architecture."""
-    from moe_jax.hf import gguf
-
-    values, tensors = gguf.read(Path(path))
-    model = model_of(ModelConfig(**values), mesh, dtype, rules)
-    return model, fill(model, targets(model, FAMILIES["llama"]), tensors, str(path), progress)
-
-
-def model_of(config: ModelConfig, mesh: Mesh | None, dtype: str, rules: Rules) -> Model:
-    """A model that stores and computes in `dtype`."""
-    return Model(config.replace(dtypes=DTypePolicy(dtype, dtype)), mesh, rules)
 
 
 def fill(

@@ -55,7 +55,7 @@ def save_hf(
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            values = config_json(model.config, family) | {"torch_dtype": kind.name}
+            values = config_json(model.config, family, kind.name)
             (new / "config.json").write_text(json.dumps(values, indent=2) + "\n")
             write_shards(new, {name: (target.shape, kind) for name, target in wanted.items()}, tensors, shard_bytes)
             for name in () if companions is None else COMPANIONS:

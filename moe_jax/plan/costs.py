@@ -1,19 +1,21 @@
 """What a run would need on usual slices, without compiling: the memory model and the roofline, in a few lines. And the defaults of a planned run."""
 
 import dataclasses
+import math
 
 from moe_jax.model import ModelConfig
 from moe_jax.model.config import DTypePolicy
 from moe_jax.optim.plan import OptimizerConfig
 from moe_jax.plan.chips import CHIPS
 from moe_jax.plan.search import Candidate, search
+from moe_jax.plan.topology import parse
 from moe_jax.train.data import DataConfig
 from moe_jax.train.run_config import RunConfig
 
 USUAL = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "h100:8", "h100:64")
 
 
-def preset_run(preset: str, devices: int, seq_len: int | None = None, batch: int | None = None, **changes) -> RunConfig:
+def preset_run(preset: str, devices: int, seq_len: int | None = None, batch: int | None = None) -> RunConfig:
     """A run of a model preset as accelerators run it: a sequence for each device, bfloat16 products, Newton-Schulz in bfloat16.
 
     seq_len: default 4096, or the model's positions if they are fewer. batch: sequences in an update, default one for each device.
@@ -26,16 +28,13 @@ def preset_run(preset: str, devices: int, seq_len: int | None = None, batch: int
     sequences = batch or devices
     data = DataConfig.fitting("wiki", model.vocab_size, length, batch_size=sequences)
     optimizer = OptimizerConfig(ns_dtype="bfloat16", warmup=50, total=1000)
-    return RunConfig(model=model, data=data, optimizer=optimizer, updates=1000, eval_batch=sequences, **changes)
+    return RunConfig(model=model, data=data, optimizer=optimizer, updates=1000, eval_batch=sequences)
 
 
 def best(config: RunConfig, name: str, keep_remat: bool = False) -> Candidate | None:
     """The best mesh on a slice, by the model alone; None where none fits. The network between the devices is not looked at."""
-    kind, shape = name.split(":")
-    devices = 1
-    for size in shape.split("x"):
-        devices *= int(size)
-    chip = CHIPS[kind]
+    kind, shape = parse(name)
+    chip, devices = CHIPS[kind], math.prod(shape)
     found = search(fitted(config, devices), chip, devices, None, keep_remat)
     return found[0] if found[0].fits(chip) else None
 

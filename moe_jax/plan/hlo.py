@@ -30,7 +30,7 @@ def collectives(text: str) -> tuple[Totals, Totals]:
             if match := _INSTRUCTION.search(line):
                 totals = found[FALLBACK in line]
                 often, size = totals[match[2]]
-                totals[match[2]] = often + count, size + count * _size(match[1], match[3] is not None)
+                totals[match[2]] = often + count, size + count * _size(match[1], match[2], match[3] is not None)
     return dict(found[0]), dict(found[1])
 
 
@@ -80,7 +80,10 @@ def _trips(line: str, computations: Mapping[str, list[str]]) -> float:
     return float(limits.pop()) if len(limits) == 1 else 1.0
 
 
-def _size(result: str, started: bool) -> float:
-    """Bytes of a collective's results; of one that is only started, the tuple holds its operands too: the larger half."""
-    sizes = [_BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _SHAPE.findall(result)]
-    return max(sizes, default=0.0) if started else sum(sizes)
+def _size(result: str, kind: str, started: bool) -> float:
+    """Bytes of a collective's results; of one that is only started the tuple holds its operands and scalars of its own too: the larger half."""
+    both = started and kind != "all-reduce"  # which gives its results alone
+    shapes = [(name, dims) for name, dims in _SHAPE.findall(result) if dims or not both]
+    sizes = [_BYTES.get(name, 0) * math.prod(map(int, filter(None, dims.split(",")))) for name, dims in shapes]
+    half = len(sizes) // 2 if both else 0
+    return max(sum(sizes[:half]), sum(sizes[half:]))

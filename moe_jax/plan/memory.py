@@ -102,7 +102,7 @@ def estimate(config: RunConfig, mesh: MeshSpec) -> Memory:
         4 * config.model.vocab_size * config.model.d_model,
         _loss(config.model, part),
         copies + _layer(config, leaves, mesh, part),
-        _update(config.optimizer, leaves, divided, labels),
+        _update(divided, labels),
     )
 
 
@@ -166,9 +166,9 @@ def _row_sites(noise: str) -> bool:
     return any(site in GROUPS["experts"] and "train" in acts.phases for site, acts in NoiseSpec.parse(noise).by_site().items())
 
 
-def _update(config: OptimizerConfig, leaves, divided: Mapping[str, float], labels: Mapping[str, str]) -> float:
+def _update(divided: Mapping[str, float], labels: Mapping[str, str]) -> float:
     """Gradients are there already; Newton-Schulz holds about three more float32 copies of the parameter that it works on."""
-    largest = max((divided[path] for path in leaves if labels[path] == "muon"), default=0.0)
+    largest = max((size for path, size in divided.items() if labels[path] == "muon"), default=0.0)
     return 3 * 4 * largest
 
 

@@ -8,7 +8,7 @@ from moe_jax.errors import ConfigError
 from moe_jax.mesh import MeshSpec
 from moe_jax.plan.memory import Memory
 from moe_jax.plan.roofline import Roofline, roofline
-from moe_jax.plan.search import Candidate, judged, on_mesh, search, why
+from moe_jax.plan.search import Candidate, judged, on_mesh, search, why, words
 from moe_jax.plan.steps import Compiled, compile_step, shapes_of
 from moe_jax.plan.topology import Topology, compiling_alone
 from moe_jax.train.run_config import RunConfig
@@ -55,7 +55,7 @@ def make_plan(
     topology, and where no mesh does.
     """
     noise, steps = config.noise, steps or shapes_of(config).steps
-    candidates, explanation, every = _candidates(config, topology, mesh, keep_remat)
+    chosen_from, explanation, every = candidates(config, topology, mesh, keep_remat)
 
     def compiled(config: RunConfig, mesh: MeshSpec, steps: Sequence[str], what: str) -> dict[str, Compiled]:
         built, found = mesh.build(topology.devices), {}
@@ -65,7 +65,7 @@ def make_plan(
         return found
 
     with compiling_alone(say):
-        for chosen in candidates[:TRIES]:
+        for chosen in chosen_from[:TRIES]:
             with_noise, clean = chosen.config, dataclasses.replace(chosen.config, noise="")
             found = compiled(clean, chosen.mesh, steps[:1], "clean")
             noisy = compiled(with_noise, chosen.mesh, steps[:1], "noisy") if noise and not found[steps[0]].refused else {}
@@ -81,7 +81,7 @@ def make_plan(
     return Plan(topology, clean, noise, chosen.mesh, explanation, chosen.memory, found, noisy, times, tuple(every))
 
 
-def _candidates(
+def candidates(
     config: RunConfig, topology: Topology, mesh: MeshSpec | None, keep_remat: bool
 ) -> tuple[list[Candidate], str, list[Candidate]]:
     """The meshes to compile, in order; in words why; all that were judged."""
@@ -93,7 +93,7 @@ def _candidates(
         only = judged(config, mesh, devices) if chip is None else on_mesh(config, mesh, chip, devices, keep_remat)
         if only.refused:
             raise ConfigError(f"mesh {mesh} on {topology.name}: {only.refused}")
-        return [only], f"{mesh} was given.", []
+        return [only], f"{mesh} was given{f': {words(only, chip)}' if chip else ''}.", []
     if chip is None:
         kind = topology.devices[0].device_kind
         raise ConfigError(

@@ -1,14 +1,13 @@
 """A plan as a document: whether it fits, what it needs and sends, how long it takes and what the noise adds. The same blocks make text and a page."""
 
 from moe_jax.noise import NoiseSpec
+from moe_jax.plan.chips import GIB
 from moe_jax.plan.hlo import Totals
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.roofline import ASSUMPTIONS
 from moe_jax.plan.search import MARGIN
 from moe_jax.plan.steps import Compiled, shapes_of
 from moe_jax.studies.document import Block, Bullets, Heading, Table, Text
-
-GIB = 2**30
 
 
 def verdict(plan: Plan) -> str:

@@ -35,14 +35,17 @@ class Component:
     traffic: float = 0.0  # bytes to and from HBM
     sent: float = 0.0  # bytes that come from other devices
 
-    def seconds(self, chip: Chip) -> float:
+    def parts(self, chip: Chip) -> dict[str, float]:
+        """Seconds by what takes them; the longest is the component's time."""
         matrix = (self.flops + self.exact * chip.exact) / (chip.flops * MATMUL)
-        return max(matrix, self.traffic / (chip.bandwidth * STREAM), self.vector / chip.vector)
+        return {"matrix unit": matrix, "HBM": self.traffic / (chip.bandwidth * STREAM), "noise": self.vector / chip.vector}
+
+    def seconds(self, chip: Chip) -> float:
+        return max(self.parts(chip).values())
 
     def limit(self, chip: Chip) -> str:
         """What decides its time."""
-        matrix = (self.flops + self.exact * chip.exact) / (chip.flops * MATMUL)
-        parts = {"matrix unit": matrix, "HBM": self.traffic / (chip.bandwidth * STREAM), "noise": self.vector / chip.vector}
+        parts = self.parts(chip)
         return max(parts, key=lambda name: parts[name])
 
 
@@ -77,6 +80,7 @@ def roofline(config: RunConfig, mesh: MeshSpec) -> Roofline:
     repeated = {"experts": 4 / 3 if counts.again else 1.0, "embedding and head": 1.0}
     usual = 4 / 3 if config.model.remat == "full" else 1.0
     useful = sum((part.flops + part.exact) / repeated.get(part.name, usual) for part in parts[:-1])
+    useful -= 0.5 * counts.layers * counts.scores / usual  # what attention's backward pass computes again in any case
     return Roofline(tuple(part for part in parts if part.traffic), useful)
 
 
@@ -92,6 +96,9 @@ class _Counts:
         self.layers, self.moe = self.c.num_layers, len(self.c.moe_layers)
         self.split = mesh.tensor
         self.together = self.part.together * self.many
+        seen = min(config.data.seq_len / 2, self.c.sliding_window or config.data.seq_len)
+        # operations of attention's two products over the positions that are seen, forward in a layer
+        self.scores = 4 * self.together * seen * self.c.num_heads * self.c.head_width / self.split
         acting = NoiseSpec.parse(config.noise).by_site() if config.noise else {}
         self.noisy = {site: noise for site, noise in acting.items() if "train" in noise.phases}
 
@@ -122,12 +129,12 @@ class _Counts:
         c, tokens = self.c, self.together
         query, key = c.num_heads * c.head_width / self.split, c.kv_heads * c.head_width / self.split
         weights = c.d_model * (2 * query + 2 * key)
-        seen = min(self.config.data.seq_len / 2, c.sliding_window or self.config.data.seq_len)
-        scores = 4 * tokens * seen * query * (self.passes + 1.5) / 2  # a backward pass of two and a half forward ones
+        scores = self.scores * (self.passes + 0.5)  # two products forward, five backward: those of the queries and keys are computed again
         noise = sum(
             self._drawn(f"attention_{name}", tokens * out, tokens * c.d_model, c.d_model * out)
-            for name, out in (("q", query), ("k", key), ("v", key), ("o", c.d_model / self.split))
+            for name, out in (("q", query), ("k", key), ("v", key))
         )
+        noise += self._drawn("attention_o", tokens * c.d_model / self.split, tokens * query, query * c.d_model)
         traffic = self.passes * tokens * (6 * c.d_model + 4 * query + 4 * key) * self.wide + 3 * weights * self.wide * self.many
         sent = self._gathered(weights) + self._averaged(weights / self.mesh.fsdp) + self._joined(tokens)
         return self._each("attention", self.layers, 2 * tokens * weights * self.passes + scores, noise, traffic, sent)
@@ -144,8 +151,8 @@ class _Counts:
     def experts(self) -> Component:
         c, rows = self.c, self.part.tokens * self.c.experts_per_token * self.many
         matrices = 2 + c.gated
-        weights = matrices * c.num_experts * c.d_model * c.d_expert / (self.part.experts_over if self.part.exchange else 1)
         each = c.num_experts / (self.part.experts_over if self.part.exchange else 1) * c.d_model * c.d_expert
+        weights = matrices * each
         names = ("up", "gate")[: 1 + c.gated]
         noise = sum(self._drawn(f"expert_{name}", rows * c.d_expert, rows * c.d_model, each) for name in names)
         noise += self._drawn("expert_down", rows * c.d_model, rows * c.d_expert, each)
@@ -165,9 +172,12 @@ class _Counts:
 
     def mlp(self) -> Component:
         c, tokens = self.c, self.together
-        weights = (2 + c.gated) * c.d_model * c.dense_width / self.split
-        noise = sum(self._drawn(f"mlp_{name}", tokens * c.dense_width, tokens * c.d_model, weights / 3) for name in ("up", "gate", "down"))
-        traffic = self.passes * tokens * (4 * c.d_model + 4 * c.dense_width / self.split) * self.wide + 3 * weights * self.wide
+        width = c.dense_width / self.split
+        each, names = c.d_model * width, ("up", "gate")[: 1 + c.gated]
+        weights = (2 + c.gated) * each
+        noise = sum(self._drawn(f"mlp_{name}", tokens * width, tokens * c.d_model, each) for name in names)
+        noise += self._drawn("mlp_down", tokens * c.d_model, tokens * width, each)
+        traffic = self.passes * tokens * (4 * c.d_model + 4 * width) * self.wide + 3 * weights * self.wide * self.many
         sent = self._gathered(weights) + self._averaged(weights / self.mesh.fsdp)
         return self._each("dense feed-forward", self.layers - self.moe, 2 * tokens * weights * self.passes, noise, traffic, sent)
 

@@ -113,11 +113,12 @@ def why(candidates: list[Candidate], chip: Chip) -> str:
     if not fitting:
         return f"{counts} None fits."
     first = fitting[0]
-    words = f"{counts} {first.mesh} has the shortest step that hides no traffic: {_words(first, chip)}."
-    return words + (f" Next is {fitting[1].mesh}: {_words(fitting[1], chip)}." if len(fitting) > 1 else "")
+    text = f"{counts} {first.mesh} has the shortest step that hides no traffic: {words(first, chip)}."
+    return text + (f" Next is {fitting[1].mesh}: {words(fitting[1], chip)}." if len(fitting) > 1 else "")
 
 
-def _words(candidate: Candidate, chip: Chip) -> str:
+def words(candidate: Candidate, chip: Chip) -> str:
+    """What a step takes on a candidate, and how it is run."""
     assert candidate.roofline is not None and candidate.memory is not None
     work, exchange = candidate.roofline.work(chip), candidate.roofline.exchange(chip)
     return (

@@ -33,7 +33,7 @@ KNOWN = (
     "v6e:16x16",
     "tpu7x:4x4x4",
 )
-LOCK = "moe_jax_plan.lock"
+LOCK = f"moe_jax_plan.{os.getuid()}.lock"  # of one user: another may not open a file of the first in /tmp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,9 @@ def _chip_of(devices: Sequence[Any]) -> Chip | None:
 
 @contextlib.contextmanager
 def compiling_alone(say: Any = lambda text: None) -> Iterator[None]:
-    """Holds the machine's lock on compiling for TPUs; `say` gets a line when another plan has it, which is waited for."""
+    """Holds the user's lock on compiling for TPUs; `say` gets a line when another plan has it, which is waited for."""
     path = Path(tempfile.gettempdir()) / LOCK
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,7 +10,6 @@ import pytest
 
 from moe_jax.errors import DataError, MoeJaxError, Unsupported
 from moe_jax.hf import gguf
-from moe_jax.hf.load import load_gguf
 from moe_jax.train.saved import load_model
 
 DRAW = np.random.default_rng(0)
@@ -117,10 +116,34 @@ def test_a_format_means_what_a_loop_over_its_bytes_says(tmp_path, kind):
     assert np.array_equal(gguf.Tensor(path, type_, shape, offset).read((slice(1, 3), slice(5, 9))), values[1:3, 5:9])
 
 
+@pytest.mark.parametrize("kind", [0, 2, 3, 8, 30])
+def test_a_piece_is_what_the_whole_has_there_and_no_more_is_read(tmp_path, kind, monkeypatch):
+    """Two rows of eight at a time; of q and k, whose rows lie in another order, all."""
+    stored, values = tensor(kind, (8, 64))
+    path = write(tmp_path / "x.gguf", {}, {"x": stored})
+    (shape, type_, offset) = gguf._open(path, lambda _: False)[1]["x"]
+    read, fromfile = [], np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *arguments, **how: read.append(arguments[2]) or fromfile(*arguments, **how))
+    one = gguf.Tensor(path, type_, shape, offset)
+    pieces = [one.read((slice(first, first + 2), slice(0, 64))) for first in range(0, 8, 2)]
+    assert np.array_equal(np.concatenate(pieces), values) and read == [one.nbytes // 4] * 4
+    assert np.array_equal(one.read((slice(3, 8), slice(40, 64))), values[3:8, 40:]) and read[-1] == one.nbytes * 5 // 8
+    turned = gguf.Tensor(path, type_, shape, offset, heads=2)
+    assert np.array_equal(turned.read((slice(1, 3), slice(0, 64))), turned.read()[1:3]) and read[-1] == one.nbytes
+
+
+def test_a_vector_is_read_whole(tmp_path):
+    """Its elements are no rows: 32 of them share a block."""
+    stored, values = tensor(8, (64,))
+    path = write(tmp_path / "x.gguf", {}, {"x": stored})
+    (shape, type_, offset) = gguf._open(path, lambda _: False)[1]["x"]
+    assert np.array_equal(gguf.Tensor(path, type_, shape, offset).read((slice(5, 40),)), values[5:40])
+
+
 def test_a_llama_model_is_loaded(tmp_path):
     path, values = model_file(tmp_path / "tiny.gguf")
-    model, params = load_gguf(path)
-    c = model.config
+    saved = load_model(path)
+    c, params = saved.config, saved.params
     assert (c.num_layers, c.num_heads, c.kv_heads, c.rope_theta, c.norm_eps, c.tie_embeddings, c.vocab_size) == (
         2,
         4,
@@ -139,7 +162,7 @@ def test_a_llama_model_is_loaded(tmp_path):
 def test_rotary_pairs_are_put_into_halves(tmp_path):
     """A head's rows 0, 1, 2, 3 … are the pairs (0, 1), (2, 3) … there, and the halves (0, 2, …), (1, 3, …) here."""
     path, values = model_file(tmp_path / "tiny.gguf")
-    _, params = load_gguf(path)
+    params = load_model(path).params
     for name, heads in (("q", HEADS), ("k", GROUPS)):
         theirs, width = values[f"blk.0.attn_{name}.weight"], WIDTH // HEADS
         ours = np.asarray(params["layers"]["attention"][name][0]).T
@@ -167,7 +190,7 @@ def test_a_gguf_path_is_a_model(tmp_path):
 def test_what_is_not_supported_is_named(tmp_path, changes, error, message):
     path, _ = model_file(tmp_path / "x.gguf", **changes)
     with pytest.raises(error, match=message):
-        load_gguf(path)
+        load_model(path)
 
 
 def test_an_unknown_type_of_numbers_is_named(tmp_path):

@@ -69,10 +69,51 @@ def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, mixtur
     command("train", f"--start={mixture}", "--data=synthetic", "--steps=2", f"--workdir={run}", *small)
     assert load_model(run).run.data.tokenizer == str(mixture / "tokenizer.json")
     command("convert", f"--from={run}", f"--to={back}", "--dtype=bfloat16")
+    assert (back / "tokenizer.json").read_text() == (mixture / "tokenizer.json").read_text()  # the run's
     before, after = find_tensors(mixture), find_tensors(back)
     assert before.keys() == after.keys() and {str(tensor.dtype) for tensor in after.values()} == {"bfloat16"}
     moved = [name for name in before if not np.array_equal(before[name].read().astype(after[name].dtype), after[name].read())]
     assert any("experts" in name for name in moved) and any("gate.weight" in name for name in moved)
+
+
+def test_a_dry_run_shows_the_config_that_would_be_written():
+    text = command("convert", "--from=qwen3_tiny", "--dtype=bfloat16", "--dry_run").stdout
+    assert json.loads(text[: text.index("\n}") + 2])["torch_dtype"] == "bfloat16"
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from launch.convert import _save_tokenizer
+from moe_jax.train.data import DataConfig
+folder = Path(sys.argv[1])
+run = SimpleNamespace(data=DataConfig(str(folder / "text.txt#paragraphs"), "bpe:300", max_documents=int(sys.argv[2])))
+_save_tokenizer(SimpleNamespace(tokenizer=None, run=run), folder / sys.argv[2])
+"""
+
+
+def test_a_tokenizer_that_was_trained_with_a_run_goes_along(tmp_path):
+    """Of two in the cache, each is found that was trained on the run's own documents; a text that is gone is told."""
+    paragraphs = [
+        f"the {word} of number {number} is {'a' * number} {word}" for number, word in enumerate(["sea", "hill", "lake", "moor"] * 3)
+    ]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    for count in ("6", "12"):
+        (tmp_path / count).mkdir()
+        done = save(tmp_path, count)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    found = {count: (tmp_path / count / "tokenizer.json").read_text() for count in ("6", "12")}
+    assert found["6"] != found["12"] and json.loads(found["6"])["model"]["type"] == "BPE"
+    (tmp_path / "text.txt").unlink()
+    assert save(tmp_path, "6").stderr.startswith("no tokenizer.json: ")
+
+
+def save(folder, count):
+    environment = ENVIRONMENT | {"MOE_JAX_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-c", SAVE, str(folder), count], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_generation_continues_prompts_and_records_routes(mixture, tmp_path):

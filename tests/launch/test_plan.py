@@ -1,13 +1,23 @@
 """launch.plan as a command: what it prints and writes, its exit codes, bad input in one line."""
 
+import dataclasses
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from launch.plan_run import Request, command
+from moe_jax.config_tools import apply_overrides
+from moe_jax.mesh import MeshSpec
+from moe_jax.model import ModelConfig
+from moe_jax.plan.costs import preset_run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -46,12 +56,26 @@ def test_a_dry_run_compiles_nothing_and_says_why():
     assert "meshes" in done.stdout and "traffic with remat=" in done.stdout and "compiling" not in done.stderr
 
 
+def test_the_command_is_one_that_a_shell_reads_as_it_is_meant():
+    """A list is a value of one --set, and the settings make the model that was planned."""
+    config = preset_run("tiny", 4)
+    config = dataclasses.replace(config, model=config.model.replace(dense_layers=(0, 1)))
+    plan = SimpleNamespace(config=config, mesh=MeshSpec(data=4), noise="")
+    argv = shlex.split(command(plan, Request("h100:4", "tiny", None, "", None, None, None, "", None)))
+    sets = [value for flag, value in itertools.pairwise(argv) if flag == "--set"]
+    assert all(word.startswith("--") or before == "--set" for before, word in itertools.pairwise(argv[2:]))
+    start = dataclasses.replace(config, model=ModelConfig.preset("tiny"))
+    assert apply_overrides(start, sets).model == config.model
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--preset=tiny", "--topology=v9:4x4"], "unknown topology 'v9:4x4'"),
         (["--preset=tiny", "--topology=h100:8", "--mesh=expert=4"], "mesh expert=4 has 4 devices, topology h100:8 has 8"),
+        (["--preset=tiny", "--topology=h100:8", "--mesh=expert=4", "--dry_run"], "mesh expert=4 has 4 devices, topology h100:8 has 8"),
         (["--preset=tiny", "--topology=h100:4", "--mesh=exprt=4"], "did you mean 'expert'"),
+        (["--experiment=e7b:mini", "--topology=h100:8", "--seq=64"], "leave --seq out"),
         (["--preset=tiny", "--topology=h100:4", "--seq=65"], "--seq=65 is longer than the 64 positions of tiny"),
         (["--preset=tiny", "--topology=h100:4", "--steps=trian"], "unknown step trian"),
         (["--preset=tiny", "--topology=h100:4", "--noise=routr=relative:1"], "router"),

@@ -29,6 +29,22 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
 """
 
 
+@pytest.mark.parametrize(
+    "instruction, size",
+    [
+        ("(f32[10], f32[20]) all-reduce-start(%a, %b)", 120),  # its results alone
+        ("f32[] all-reduce-start(%a)", 4),
+        ("((f32[1], f32[2]), (f32[8], f32[16])) all-gather-start(%a, %b)", 96),  # two in one: operands, then results
+        ("(f32[6], f32[6], u32[], u32[]) collective-permute-start(%a)", 24),
+        ("(f32[10], f32[20]) all-reduce(%a, %b)", 120),
+    ],
+)
+def test_what_is_only_started_counts_its_results(instruction, size):
+    always, _ = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %x = {instruction}\n}}\n")
+    ((count, found),) = always.values()
+    assert (count, found) == (1, size)
+
+
 def test_a_text_of_a_tpu():
     always, overflowing = collectives(TPU)
     assert always == {"all-gather": (49.0, 48 * 8 * 4 * 2 + 16 * 4 * 4), "all-to-all": (48.0, 48 * 2 * 8 * 4 * 4)}

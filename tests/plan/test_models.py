@@ -12,7 +12,7 @@ from moe_jax.plan.chips import CHIPS
 from moe_jax.plan.costs import best, describe, fitted, preset_run
 from moe_jax.plan.memory import estimate, exchange_of
 from moe_jax.plan.plan import make_plan
-from moe_jax.plan.roofline import roofline
+from moe_jax.plan.roofline import DRAW, roofline
 from moe_jax.plan.search import judged, meshes, search, why
 from moe_jax.plan.steps import Compiled, compile_step, lower
 from moe_jax.plan.topology import topology
@@ -95,6 +95,43 @@ def test_the_operations_of_a_step_are_six_for_each_active_parameter_and_token():
     found = roofline(config, MeshSpec(fsdp=64))
     active, embedding = 3_353_032_704, 151_936 * 2048
     assert 1.0 < found.model_flops / (6 * (active - embedding) * 4096) < 1.35
+
+
+@pytest.mark.parametrize("remat, passes", [("none", 3), ("full", 4)])
+def test_the_operations_of_attention_by_hand(remat, passes):
+    """Each projection in every pass. Of the two products over positions, half of which are seen: two forward, five backward, two more where it is repeated."""
+    config = preset_run("tiny", 2, batch=4)
+    config = dataclasses.replace(config, model=config.model.replace(remat=remat))
+    c, tokens, length = config.model, 4 * config.data.seq_len // 2, config.data.seq_len
+    query, key = c.num_heads * c.head_width, c.kv_heads * c.head_width
+    product = 2 * tokens * (length / 2) * query
+    projections = 2 * tokens * c.d_model * (2 * query + 2 * key)
+    found = roofline(config, MeshSpec(data=2))
+    part = next(part for part in found.components if part.name == "attention")
+    assert part.flops == pytest.approx(c.num_layers * (passes * projections + (7 if remat == "none" else 9) * product))
+    rest = sum(part.flops + part.exact for part in found.components if part.name not in ("attention", "optimizer", "embedding and head"))
+    head = next(part.flops for part in found.components if part.name == "embedding and head")
+    assert found.model_flops == pytest.approx(c.num_layers * 3 * (projections + 2 * product) + rest * 3 / passes + head)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_dense_feed_forward_by_hand(gated):
+    """Two micro-batches on a tensor group of two: each device has half of the width. Noise on what each product gives, its input and its weights."""
+    config = preset_run("tiny", 4, batch=4)
+    config = dataclasses.replace(
+        config,
+        model=config.model.replace(num_experts=0, experts_per_token=1, gated=gated),
+        data=config.data.replace(accumulation=2),
+        noise="mlp=relative:0.05",
+    )
+    c, tokens, width = config.model, 2 * 2 * config.data.seq_len, config.model.dense_width / 2
+    part = next(part for part in roofline(config, MeshSpec(data=2, tensor=2)).components if part.name == "dense feed-forward")
+    matrices = 3 if gated else 2
+    assert part.flops == c.num_layers * 3 * 2 * tokens * matrices * c.d_model * width
+    perturbed = matrices * (tokens * (c.d_model + width) + 2 * c.d_model * width)
+    assert part.vector == c.num_layers * DRAW * perturbed
+    weights = 3 * 2 * matrices * c.d_model * width
+    assert part.traffic == c.num_layers * 2 * (3 * tokens * (4 * c.d_model + 4 * width) + weights)
 
 
 def test_the_operations_of_newton_schulz_are_those_of_its_form():

@@ -60,6 +60,20 @@ def test_what_lies_beside():
     assert found.peak > found.beside
 
 
+def test_the_batch_that_is_planned_is_scored():
+    """Given another one than the run has, both programs and the words take it; its sequences are as long as prompts and answers."""
+    config = PolicyRun.of(SMALL)
+    assert (config.data.batch_size, config.data.seq_len) == (SMALL.rows, SMALL.length)
+    other = replace(config, data=config.data.replace(batch_size=32))
+    assert other.eval_batch == 32 and "scoring: 32 answers" in other.shapes.batches(other)
+    one = MeshSpec.parse("data=1").build(jax.devices()[:1])
+    assert ((32, 12), np.dtype(np.int32)) in of(lower("score", other, one).args_info[0])
+    with pytest.raises(
+        ConfigError, match=r"data.seq_len=8: a sequence of this run is a prompt and its answer, 6 \+ 6 tokens; leave --seq out"
+    ):
+        replace(config, data=config.data.replace(seq_len=8))
+
+
 def test_its_steps_are_its_own():
     assert shapes_of(PolicyRun.of(SMALL)).steps == ("train", "score", "sample")
     assert "prefill" in shapes_of(RunConfig()).steps

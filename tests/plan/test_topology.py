@@ -1,5 +1,6 @@
 """Names of topologies, what they need in the environment, and the lock that lets one plan compile at a time."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -61,6 +62,11 @@ def test_a_missing_libtpu_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(Unsupported, match=r"pip install 'moe-jax\[plan\]'"):
         topology("v5e:4x4")
+
+
+def test_each_user_has_a_lock_of_his_own():
+    """A file of another user in /tmp cannot be opened."""
+    assert str(os.getuid()) in module.LOCK.split(".")
 
 
 def test_a_second_plan_waits_for_the_first(monkeypatch, tmp_path):
