@@ -29,6 +29,8 @@ def load_all(name: str) -> dict[str, Experiment]:
         raise ConfigError(f"{module} has no study {study!r}{nearest(study, known)}; known: {', '.join(known) or 'none, it is one study'}")
     if not preset:
         raise ConfigError(f"experiment {where} needs a preset: {where}:{found.PRESETS[0]} (known: {', '.join(found.PRESETS)})")
+    if preset not in found.PRESETS:
+        raise ConfigError(f"{where} has no preset {preset!r}{nearest(preset, found.PRESETS)}; known: {', '.join(found.PRESETS)}")
     if not known:
         return {"": found.experiment(preset)}
     return {"": found.experiment(preset, study)} if dot else {study: found.experiment(preset, study) for study in known}

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import e7b_verdicts
-from experiments.e7b_sizes import PRESETS, SIZES, Size
+from experiments.e7b_sizes import PRESETS as PRESETS
+from experiments.e7b_sizes import SIZES, Size
 from experiments.qwen3_30b import RECIPE
 from moe_jax.config_tools import config_dict
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError
 from moe_jax.rl import loop
 from moe_jax.rl.config import RLConfig
 from moe_jax.rl.warmup import WarmUp, warm_up
@@ -137,6 +138,7 @@ SERIES = (
         "eval/sampled_noisy",
         "eval/sampled",
         "eval/greedy",
+        "eval/greedy_noisy",
         "reward/mean",
         "policy/entropy_before",
         "router/entropy",
@@ -162,9 +164,7 @@ NOTES = (
 
 
 def experiment(preset: str = "mini") -> Experiment:
-    """The declared study. Raises ConfigError for an unknown preset."""
-    if preset not in SIZES:
-        raise ConfigError(f"e7b has no preset {preset!r}{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+    """The declared study of one of PRESETS."""
     size = SIZES[preset]
     return Experiment(
         f"e7b:{preset}",

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax.studies import Ledger, document
-from moe_jax.studies.analysis import Analysis, analyse, interval_text, number, p_text
+from moe_jax.studies.analysis import Analysis, analyse, interval_text, number, p_words
 from moe_jax.studies.document import Bullets, Heading, Table, Text
-from moe_jax.studies.ledger import replace_file
 from moe_jax.studies.stats import Contrast
 
 MARGIN = 0.02  # accuracy: what is less apart than this counts as equally good
@@ -78,9 +77,9 @@ def evidence(found: Contrast | None) -> str:
     """The effect, its interval, n and p."""
     if found is None:
         return "-"
-    p = p_text(found.p if found.holm_p is None else found.holm_p)
+    p = p_words(found.p if found.holm_p is None else found.holm_p)
     end = "" if found.resolved else f"; smallest effect to be seen {number(found.smallest, 3)}"
-    return f"{number(found.mean, 3, sign=True)} {interval_text(found.interval, 3)} (n = {found.n}, Holm p = {p}{end})"
+    return f"{number(found.mean, 3, sign=True)} {interval_text(found.interval, 3)} (n = {found.n}, Holm {p}{end})"
 
 
 def write(workdir: Path) -> Sequence[Path]:
@@ -95,10 +94,7 @@ def write(workdir: Path) -> Sequence[Path]:
         Heading("By step, mean over seeds: the table of study 004 for each arm"),
         *(steps_table(analysis, cell) for cell in ledger.design.cells()),
     ]
-    made = {workdir / "verdicts.md": document.to_markdown(title, blocks), workdir / "verdicts.html": document.to_html(title, blocks)}
-    for path, text in made.items():
-        replace_file(path, text.encode())
-    return tuple(made)
+    return document.write(workdir, "verdicts", title, blocks)
 
 
 def claims_table(analysis: Analysis) -> Table:

@@ -23,10 +23,10 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_jax.config_tools import config_dict, differences
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError
 from moe_jax.model import DTypePolicy, Model, ModelConfig
 from moe_jax.optim.plan import OptimizerConfig
-from moe_jax.studies.run import Experiment, Workshop
+from moe_jax.studies.run import Experiment, Workshop, describe_devices
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import DataConfig
 from moe_jax.train.loop import run
@@ -107,7 +107,7 @@ class Recipe:
 
 RECIPE = Recipe()
 
-_STUDY = ".venv/bin/python -m launch.study --experiment=qwen3_30b.{study}:full --workdir=runs/qwen3_30b/{study}"
+_STUDY = ".venv/bin/python -m launch.study --experiment=qwen3_30b.{study}:full --workdir=$RUNS/qwen3_30b/{study}"
 _ON_ALL = 'gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="cd moe_jax && {command}"'
 _MEASURE: Mapping[str, str] = {
     "v5p slice: 4 chips of one host (2x2x1, 380 GB); 61 GB of bfloat16 weights": _ON_ALL.format(command=f"{_STUDY} --mesh=fsdp=4"),
@@ -121,7 +121,8 @@ _TRAIN: Mapping[str, str] = {
     "v6e slice: 32 chips, 8 hosts (4x8, 1,024 GB); 15 GB a chip": _ON_ALL.format(command=f"{_STUDY} --mesh=fsdp=32 --connect_timeout=120"),
     "8 H100 of one host (640 GB); 61 GB a GPU before activations, 63 of 68 GiB with them by the memory model: tight, not tried": f"{_STUDY} --mesh=fsdp=8",
 }
-# study -> machine -> the command that runs it there, again after every interruption. $TPU and $ZONE name the slice
+# study -> machine -> the command that runs it there, again after every interruption. $TPU and $ZONE name the slice, $RUNS a folder that
+# all hosts share
 LAUNCH: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         study: {machine: line.format(study=study) for machine, line in (_TRAIN if study == "e7b_matrix" else _MEASURE).items()}
@@ -131,10 +132,7 @@ LAUNCH: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def experiment(preset: str, study: str) -> Experiment:
-    """One of the studies. Raises ConfigError for an unknown preset or study."""
-    for what, name, known in (("preset", preset, PRESETS), ("study", study, STUDIES)):
-        if name not in known:
-            raise ConfigError(f"qwen3_30b has no {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    """One of STUDIES, in one of PRESETS."""
     found = importlib.import_module(f"experiments.qwen3_30b_{study}").experiment(preset)
     return dataclasses.replace(found, launch=LAUNCH[study] if preset == "full" else {})
 
@@ -194,7 +192,7 @@ def prepare(preset: str, shop: Workshop, config: RunConfig) -> RunConfig:
     if Checkpoints(home / "checkpoints", before, "").latest() != before.updates:
         print(f"training the checkpoint that all runs begin with: {before.updates} updates", file=sys.stderr)
         with RunFolder(home) as folder:
-            folder.start(before, sys.argv)
+            folder.start(before, sys.argv, describe_devices())
             run(before, shop.program(before), shop.data(before), home, stop=shop.stop)
     return dataclasses.replace(config, start=str(home))
 

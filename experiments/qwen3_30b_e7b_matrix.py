@@ -15,13 +15,12 @@ from typing import Any
 
 from experiments import qwen3_30b, replay_freeze
 from experiments.qwen3_30b import RECIPE
+from experiments.replay_freeze import is_recorded
 from moe_jax.distributed import on_all
-from moe_jax.errors import TraceError
 from moe_jax.noise import NoiseSpec
 from moe_jax.studies import USAGE_CV_ROUTED, Comparison, Design, Factor, Metric, difference
 from moe_jax.studies.design import cell_key
 from moe_jax.studies.run import Experiment, Workshop
-from moe_jax.trace_store import TraceReader
 from moe_jax.train.record import record
 from moe_jax.train.run_config import RunConfig
 from moe_jax.train.step import Objective
@@ -154,20 +153,13 @@ def prepare(preset: str, shop: Workshop, config: RunConfig) -> RunConfig:
 
 def _recorded(shop: Workshop, config: RunConfig, place: Path, split: str, steps: int) -> str:
     """The folder of the checkpoint's routes on this text. The validation windows are those of every seed, so that one recording serves all."""
-    if not on_all(lambda: _whole(place)):
+    if not on_all(lambda: is_recorded(place)):
         model, params = qwen3_30b.loaded(shop, config)
         rows = {"split": split, "eval_batch": config.eval_batch}
         on_all(
             lambda: record(model, params, shop.data(config), place, steps, weights=False, **rows)
         )  # all parts are there before one is read
     return str(place)
-
-
-def _whole(place: Path) -> bool:
-    try:
-        return bool(TraceReader(place).steps)
-    except TraceError:
-        return False
 
 
 def _design(preset: str, config: RunConfig) -> Design:

@@ -1,50 +1,39 @@
 """The page of the logit_offset study that goes router by router, and that applies its rule: built from the ledger, without jax."""
 
 import importlib.util
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moe_jax.studies import Ledger, Run, document, summary
-from moe_jax.studies.analysis import interval_text, number
-from moe_jax.studies.design import Cell, cell_key
+from moe_jax.studies.analysis import analyse, interval_text, number
 from moe_jax.studies.document import Block, Figure, Heading, Table, Text
-from moe_jax.studies.figures import DPI, GREY, PALETTE, RULE, WIDTH
-from moe_jax.studies.ledger import replace_file
+from moe_jax.studies.figures import PALETTE, grid, png, tidy
 from moe_jax.studies.report import NO_FIGURES
-from moe_jax.studies.stats import paired
+from moe_jax.studies.stats import Contrast
 
 SCALE = 0.05  # of the noise that table and figure show
 KINDS = ("relative", "centred_relative", "rms_relative")
 
 
-def write_page(claim: Cell, clean: Cell, claimed: float, workdir: Path) -> Sequence[Path]:
+def write_page(contrast: str, claimed: float, workdir: Path) -> Sequence[Path]:
     """routers.md, routers.html and their figure, beside the report; nothing while a cell that they show has fewer than two seeds."""
-    by_cell = _by_cell(Ledger.read(workdir))
-    cells = {kind: cell_key({"kind": kind, "scale": SCALE}) for kind in KINDS}
-    if any(len(by_cell.get(cell, ())) < 2 for cell in (*cells.values(), cell_key(clean))):
+    ledger = Ledger.read(workdir)
+    analysis = analyse(ledger.design, ledger.runs())
+    of_kind = {kind: analysis.runs_of({"kind": kind, "scale": SCALE}) for kind in KINDS}
+    found = analysis.contrasts.get(contrast)
+    if found is None or any(len(runs) < 2 for runs in of_kind.values()):
         return ()
-    arrays = {kind: _stacked(by_cell[cell]) for kind, cell in cells.items()}
-    blocks: list[Block] = [Heading("What the rule says"), Text(decision(by_cell[cell_key(claim)], by_cell[cell_key(clean)], claimed))]
+    arrays = {kind: _stacked(runs) for kind, runs in of_kind.items()}
+    blocks: list[Block] = [Heading("What the rule says"), Text(decision(found, claimed))]
     blocks += [Text(_offset(arrays["relative"])), Heading("Router by router"), _table(arrays)]
     blocks += [_figure(arrays)] if importlib.util.find_spec("matplotlib") else [Text(NO_FIGURES, "note")]
-    paths = (workdir / "routers.html", workdir / "routers.md")
-    title = "What relative noise on the routers' logits is relative to"
-    for block in blocks:
-        if isinstance(block, Figure):
-            replace_file(workdir / "figures" / f"{block.name}.png", block.png)
-    replace_file(paths[1], document.to_markdown(title, blocks).encode())
-    replace_file(paths[0], document.to_html(title, blocks).encode())
-    return paths
+    return document.write(workdir, "routers", "What relative noise on the routers' logits is relative to", blocks)[:2]
 
 
-def decision(noisy: Sequence[Run], clean: Sequence[Run], claimed: float) -> str:
+def decision(found: Contrast, claimed: float) -> str:
     """'Refuted', 'Confirmed' or 'Unresolved': the claim, by the interval of experts changed, in %."""
-    of = [{run.seed: run.metrics["changed"] for run in runs} for runs in (noisy, clean)]
-    seeds = sorted(of[0].keys() & of[1].keys())
-    found = paired([of[0][seed] for seed in seeds], [of[1][seed] for seed in seeds], seeds)
     low, high = found.interval
     word = "Refuted" if high < claimed else "Confirmed" if low > claimed else "Unresolved"
     return (
@@ -63,13 +52,6 @@ def _offset(arrays: dict[str, np.ndarray]) -> str:
         f"{np.hypot(1, low):.2f} to {np.hypot(1, high):.2f} times as large against the spread as noise of that scale relative to the "
         "spread itself."
     )
-
-
-def _by_cell(ledger: Ledger) -> dict[tuple, list[Run]]:
-    by_cell: dict[tuple, list[Run]] = {}
-    for run in ledger.finished().values():
-        by_cell.setdefault(cell_key(run.cell), []).append(run)
-    return by_cell
 
 
 def _stacked(runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -96,10 +78,7 @@ def _table(arrays: dict[str, dict[str, np.ndarray]]) -> Table:
 
 def _figure(arrays: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Left the offset by router; right the experts that each kind changes, as they are (filled) and moved (open)."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(WIDTH, 3.6), layout="constrained")
-    left, right = canvas.subplots(1, 2)
+    canvas, ((left, right),) = grid(2, 2, 3.6)
     offset = arrays["relative"]["offset"]
     routers = np.arange(offset.shape[1])
     left.plot(routers, offset.mean(0), "o-", color=PALETTE[0])
@@ -115,17 +94,11 @@ def _figure(arrays: dict[str, dict[str, np.ndarray]]) -> Figure:
         ax.set_xlabel("router", fontsize=9)
         ax.set_xticks(routers if len(routers) <= 12 else routers[:: len(routers) // 8])
         ax.set_ylim(bottom=0)
-        ax.grid(axis="y", color=RULE, linewidth=0.8)
-        ax.set_axisbelow(True)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-        ax.tick_params(colors=GREY)
+        tidy(ax, "y")
     canvas.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     caption = (
         "By router, mean over seeds. Left: the offset (band: range over seeds). Right: chosen experts that each kind of noise changes "
         "at equal scale, as the logits are (full lines) and moved by five standard deviations, which changes no route (dotted, open). "
         "Where a dotted line leaves its full one, the kind depends on something that routing ignores."
     )
-    return Figure("routers", caption, buffer.getvalue())
+    return Figure("routers", caption, png(canvas))

@@ -19,9 +19,9 @@ from typing import Any
 
 from experiments import noise_factorial
 from moe_jax.config_tools import config_dict
-from moe_jax.errors import ConfigError, TraceError, nearest
+from moe_jax.errors import TraceError
 from moe_jax.studies import USAGE_CV_ROUTED, Comparison, Design, Factor, Metric, difference
-from moe_jax.studies.run import Experiment, Workshop
+from moe_jax.studies.run import Experiment, Workshop, describe_devices
 from moe_jax.trace_store import TraceReader
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.loop import run
@@ -148,9 +148,7 @@ _PRETRAINING_SEEDS = 1000  # added to the data seed, so that fine-tuning reads t
 
 
 def experiment(preset: str = "quick") -> Experiment:
-    """The declared study. Raises ConfigError for an unknown preset."""
-    if preset not in SIZES:
-        raise ConfigError(f"replay_freeze has no preset {preset!r}{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+    """The declared study of one of PRESETS."""
     before, base = pretraining(preset), _base(preset)
     return Experiment(
         f"replay_freeze:{preset}",
@@ -198,11 +196,11 @@ def prepare(before: RunConfig, shop: Workshop, config: RunConfig) -> RunConfig:
     if Checkpoints(home / "checkpoints", before, "").latest() != before.updates:
         print(f"training the checkpoint of seed {seed}: {before.updates} updates", file=sys.stderr)
         with RunFolder(home) as folder:
-            folder.start(before, sys.argv)
+            folder.start(before, sys.argv, describe_devices())
             run(before, shop.program(before), shop.data(before), home, stop=shop.stop)
     places = {split: home / name for split, name in (("train", "routes"), ("validation", "routes_validation"))}
     for split, place in places.items():
-        if not _complete(place):
+        if not is_recorded(place):
             steps = config.updates if split == "train" else sys.maxsize
             record(
                 shop.program(before).model,
@@ -217,7 +215,8 @@ def prepare(before: RunConfig, shop: Workshop, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, start=str(home), replay=replay, compare=str(places["validation"]))
 
 
-def _complete(place: Path) -> bool:
+def is_recorded(place: Path) -> bool:
+    """Whether a folder holds a whole recording of routes."""
     try:
         return bool(TraceReader(place).steps)
     except TraceError:
@@ -225,21 +224,8 @@ def _complete(place: Path) -> bool:
 
 
 def _design(preset: str, before: RunConfig, base: RunConfig) -> Design:
-    fixed = config_dict(base)
-    for name in (
-        "noise",
-        "aqn",
-        "start",
-        "replay",
-        "replay_what",
-        "record",
-        "record_what",
-        "compare",
-        "init_seed",
-        "data_seed",
-        "noise_seed",
-    ):
-        fixed.pop(name)
+    varied = "noise aqn start replay replay_what record record_what compare init_seed data_seed noise_seed".split()
+    fixed = {name: value for name, value in config_dict(base).items() if name not in varied}
     return Design(
         name=f"replay_freeze:{preset}",
         question=QUESTION,

@@ -20,21 +20,8 @@ from typing import Any
 
 from absl import app, flags
 
-from moe_jax.config_tools import apply_overrides, config_dict, flatten
+from moe_jax.config_tools import apply_overrides as apply_overrides
 from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
-
-__all__ = [
-    "StopRequests",
-    "apply_overrides",
-    "config_dict",
-    "define_hosts",
-    "define_mesh",
-    "define_set",
-    "flatten",
-    "manual",
-    "run",
-    "tell",
-]
 
 _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
@@ -57,7 +44,7 @@ def define_set() -> flags.FlagHolder[Any]:
 
 
 class Hosts:
-    """The flags of a job of several processes; `start()` joins it, and is called before anything asks for devices."""
+    """Defines --coordinator, --num_processes, --process_id and --connect_timeout; main calls `start()`, which joins the job, first of all."""
 
     def __init__(self) -> None:
         where = "host:port of process 0, for a job of several processes. launch.local, SLURM, GKE and TPU pods announce it by themselves."
@@ -79,13 +66,8 @@ class Hosts:
         return found
 
 
-def define_hosts() -> Hosts:
-    """The flags --coordinator, --num_processes, --process_id and --connect_timeout; main calls `holder.start()` first of all."""
-    return Hosts()
-
-
 class MeshFlag:
-    """The flag --mesh; `build()` gives the mesh that it names, once the devices are known."""
+    """Defines --mesh, for a command that runs a model on many devices; `build()` gives the mesh that it names, once the devices are known."""
 
     def __init__(self) -> None:
         text = "How devices are divided, e.g. data=2,expert=4 (data, fsdp, expert, tensor). Default: one device; data over all of several processes."
@@ -104,11 +86,6 @@ class MeshFlag:
         if self._text.value:
             return MeshSpec.parse(self._text.value).build()
         return MeshSpec(data=jax.device_count()).build() if jax.process_count() > 1 else None
-
-
-def define_mesh() -> MeshFlag:
-    """The flag --mesh of a command that runs a model on many devices."""
-    return MeshFlag()
 
 
 # --- errors and exit codes ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import time
 
 from absl import flags
 
-from launch.common import define_mesh, run
+from launch.common import MeshFlag, run
 
 _MODEL = flags.DEFINE_string("model", None, "The model.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to continue.")
@@ -28,7 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling and of the noise.", 0, 
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:layers=…], comma-separated, as for launch.train.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Numbers of the parameters and the computation.")
 _ROUTES = flags.DEFINE_string("routes", None, "A folder to record the routes into.")
-_MESH = define_mesh()
+_MESH = MeshFlag()
 
 
 def main(argv: list[str]) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from launch.common import apply_overrides, define_set, run
-from moe_jax.errors import ConfigError, DataError
+from moe_jax.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,10 +69,7 @@ def main(argv: list[str]) -> None:
     make_config(_DATA.value).model.resolve(spec)  # what is wrong with the flags is said before any text is read
     config, batch, text = _batch()
     print("measuring on the batch; two programs to compile", file=sys.stderr, flush=True)
-    try:
-        explained = explain(spec, config, batch, text, _PHASE.value, _PRESET.value, _routes(config, batch["tokens"]))
-    except NotImplementedError as error:  # a dispatch that this platform does not have
-        raise ConfigError(str(error)) from error
+    explained = explain(spec, config, batch, text, _PHASE.value, _PRESET.value, _routes(config, batch["tokens"]))
     print(f"noise   {_NOISE.value}\n{explained}")
 
 
@@ -122,9 +119,7 @@ def _read(config: "Config") -> tuple[dict[str, "np.ndarray"], str]:
     from moe_jax.train.data import build
 
     data = build(config.data, config.data_seed)
-    ids = data.corpus.tokenizer.vocab_size
-    if ids > config.model.vocab_size:
-        raise ConfigError(f"the tokenizer {config.data.tokenizer} has {ids} ids, the model's vocab_size is {config.model.vocab_size}")
+    data.check_vocabulary(config.model.vocab_size)
     return {name: part[0] for name, part in data.batch(0).items()}, f"{config.data.source}, tokenizer {config.data.tokenizer}"
 
 

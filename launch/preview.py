@@ -17,7 +17,7 @@ RATES = {"two CPU cores": 1.3e11, "one H100": 0.4 * 989e12}
 
 
 def preview(experiment: Experiment) -> str:
-    """The study in words and numbers; every structure that differs from the first run's is listed too."""
+    """The study in words and numbers, those of its first run where its runs differ."""
     configs = experiment.configs()
     first = configs[0]
     if isinstance(first, RLConfig):
@@ -52,7 +52,7 @@ def _rl_preview(experiment: Experiment, configs: list[RLConfig]) -> str:
         f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
         f"rule        {experiment.design.rule}",
         "",
-        f"task        {first.task}; prompts up to {first.prompt_tokens} tokens, answers up to {first.response_tokens}",
+        f"task        {first.task}; prompts up to {first.prompt_tokens} tokens, answers up to {first.response_tokens}; {_problems(first)}",
         f"training    {first.steps} steps of {first.prompts} problems x {first.samples} answers, {first.mini_batches} updates each of "
         f"{first.accumulation} x {first.rows} answers",
         f"evaluation  {first.eval_problems} problems of {first.eval_split}, greedy and {first.eval_samples} times sampled, noise off and on, every "
@@ -71,9 +71,19 @@ def _rl_preview(experiment: Experiment, configs: list[RLConfig]) -> str:
     lines += [
         "",
         f"cost        {experiment.cost}",
-        f"            at most {flops:.2e} FLOPs of matmuls, if every answer took all its tokens",
+        f"            about {flops:.2e} FLOPs of matmuls in sampling and training, if every answer took all its tokens; warm-up, evaluations and "
+        "attention's scores not counted",
     ]
     return "\n".join([*lines, *_launch(experiment)])
+
+
+def _problems(config: RLConfig) -> str:
+    try:
+        task = config.load_task()
+    except DataError as error:
+        return f"its problems not counted: {error}"
+    left_out = f"{task.repeats:,} repeated questions left out"
+    return f"{len(task.train):,} problems to train on, {len(task.tune):,} to tune, {len(task.test):,} to test; {left_out}"
 
 
 def _programs(configs: list[RunConfig]) -> list[str]:

@@ -36,8 +36,7 @@ def main(argv: list[str]) -> None:
     from moe_jax.train.saved import load_model
 
     saved = load_model(_MODEL.value)
-    text = saved.run.data if saved.run is not None and _DATA.value is None else saved.text(_DATA.value or "wiki", 128)
-    text = apply_overrides(text, _SET.value)
+    text = saved.check_words(apply_overrides(saved.text(_DATA.value), _SET.value))
     seed = (saved.run.data_seed if saved.run else 0) if _SEED.value is None else _SEED.value
     noise = NoiseSpec.parse(_NOISE.value) if _NOISE.value else None
     if noise is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, define_hosts, define_mesh, run
+from launch.common import Hosts, MeshFlag, StopRequests, run
 from moe_jax.errors import ConfigError, nearest
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "e7b:mini", "Which study: NAME:PRESET, e.g. e7b:mini.")
@@ -23,7 +23,7 @@ _MODELS = flags.DEFINE_list("models", ["moe"], "Which models, comma-separated, o
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many of the study's seeds, from its first on.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; none means runs/ and the experiment's name.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would run; write nothing.")
-_MESH, _HOSTS = define_mesh(), define_hosts()
+_MESH, _HOSTS = MeshFlag(), Hosts()
 _CURVES = ("eval/greedy", "eval/sampled", "eval/greedy_noisy", "eval/sampled_noisy")
 
 
@@ -68,6 +68,7 @@ def _some(what: str, given: list[str], known) -> list[str]:
 def _run(experiment, workdir: Path, only, chosen) -> int:
     from moe_jax.distributed import first
     from moe_jax.studies import Ledger
+    from moe_jax.studies.design import cell_key
     from moe_jax.studies.run import describe_devices, run_study
     from moe_jax.train.run_folder import RunFolder
 
@@ -75,18 +76,15 @@ def _run(experiment, workdir: Path, only, chosen) -> int:
         Ledger.open(workdir, experiment.design)
         folder.start({"experiment": experiment.name, "design": experiment.design}, sys.argv, describe_devices())
         run_study(experiment, workdir, stop=lambda: bool(stop()), mesh=_MESH.build(), only=only)
-    finished = {run.key: run for run in Ledger.read(workdir).runs() if run.status == "finished"}
-    keys = [_key(cell, seed) for cell, seed in chosen]
-    for key in keys:
-        if key in finished and first():
+    ledger = Ledger.read(workdir)
+    finished, failed = ledger.finished(), {run.key: run for run in ledger.failed()}
+    keys = [(cell_key(cell), seed) for cell, seed in chosen]
+    for key in keys if first() else ():
+        if key in finished:
             _print(finished[key], experiment.config(finished[key].cell, finished[key].seed).mini_batches)
+        elif key in failed:
+            print(f"\n{failed[key].cell['model']}, {failed[key].cell['arm']}, seed {failed[key].seed}: {failed[key].error}")
     return int(any(key not in finished for key in keys))
-
-
-def _key(cell, seed: int):
-    from moe_jax.studies.design import cell_key
-
-    return cell_key(cell), seed
 
 
 def _print(found, per_step: int) -> None:

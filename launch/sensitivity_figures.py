@@ -1,8 +1,6 @@
 """The figures of a sensitivity report: damage by arm, routes by layer, flips by margin, and relative noise on the clean logits."""
 
-import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,14 +8,14 @@ from launch.sensitivity_logits import SCALES
 from moe_jax.routing_stats import MARGIN_EDGES
 from moe_jax.sensitivity import Sensitivity
 from moe_jax.studies.document import Figure
-from moe_jax.studies.figures import DPI, GREY, PALETTE, RULE, WIDTH
+from moe_jax.studies.figures import GREY, PALETTE, grid, png, tidy
 
 STYLES = {"all": (PALETTE[0], "o-"), "router": (PALETTE[1], "s--"), "own": (PALETTE[2], "^:")}
 
 
 def damage_figure(found: Sensitivity, arms: Sequence[tuple[str, str, tuple[str, ...]]]) -> Figure:
     """Loss and KL of the named arms as bars with intervals over seeds and every seed's value."""
-    figure, axes = _canvas(0.42 * len(arms) + 1.3, 2, sharey=True)
+    figure, (axes,) = grid(2, 2, 0.42 * len(arms) + 1.3, sharey=True)
     for ax, metric, label in zip(
         axes, ("loss", "kl"), ("loss minus the clean pass's (nats per token)", "KL to the clean pass (nats per token)"), strict=True
     ):
@@ -32,17 +30,17 @@ def damage_figure(found: Sensitivity, arms: Sequence[tuple[str, str, tuple[str, 
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(label, fontsize=10)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
-        _tidy(ax, "x")
+        tidy(ax, "x")
     caption = (
         f"Damage by arm. Bar: mean over {len(found.seeds)} noise seeds; black line: 95 % t interval; grey ticks: single seeds. Blue: the routers choose; "
         "orange and yellow: the recorded experts, or these with their weights, are replayed; green: no noise, but the experts of the noisy pass."
     )
-    return Figure("damage", caption, _png(figure))
+    return Figure("damage", caption, png(figure))
 
 
 def layers_figure(found: Sensitivity, words: dict[str, str], predicted: np.ndarray | None) -> Figure:
     """By layer: set overlap with the clean pass, tokens whose set changed beside the exact prediction, and weight mass that moved."""
-    figure, axes = _canvas(3.4, 3)
+    figure, (axes,) = grid(3, 3, 3.4)
     panels = (("router/set_overlap", "experts shared with the clean pass"), ("router/tokens_changed", "tokens with another set"))
     for ax, (name, label) in zip(axes, (*panels, ("router/moved_mass", "router weight that moved")), strict=True):
         for of, (colour, style) in STYLES.items():
@@ -55,16 +53,16 @@ def layers_figure(found: Sensitivity, words: dict[str, str], predicted: np.ndarr
         ax.set_title(label, fontsize=10)
         ax.set_xlabel("layer", fontsize=9)
         ax.set_xticks(found.layers if len(found.layers) <= 12 else found.layers[:: len(found.layers) // 8])
-        _tidy(ax, "y")
+        tidy(ax, "y")
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     caption = "Routes by layer, against the clean pass of the same tokens. Line: mean over noise seeds; band: from the lowest to the highest seed."
-    return Figure("layers", caption, _png(figure))
+    return Figure("layers", caption, png(figure))
 
 
 def margins_figure(found: Sensitivity, words: dict[str, str]) -> Figure:
     """Observed flips by margin over the spread of its noise, beside what the normal distribution predicts."""
-    figure, (ax,) = _canvas(3.6, 1)
+    figure, ((ax,),) = grid(1, 1, 3.6)
     for of, (colour, style) in STYLES.items():
         if of in found.routers:
             tokens, flips, predicted = (found.routers[of][f"margin/{name}"].sum((0, 1)) for name in ("tokens", "flips", "predicted"))
@@ -76,18 +74,18 @@ def margins_figure(found: Sensitivity, words: dict[str, str]) -> Figure:
     ax.set_xlabel("margin / sigma of the margin's change", fontsize=9)
     ax.set_ylabel("share of tokens whose set changed", fontsize=9)
     ax.legend(fontsize=9, frameon=False)
-    _tidy(ax, "y")
+    tidy(ax, "y")
     caption = (
         "Which tokens flip. The margin is how far the last chosen expert leads the first that is not, in the clean pass; sigma is the rms change of this lead "
         "in a layer. The prediction looks at these two experts only and takes sigma to be the same for all tokens: it is low where others crowd "
         "around the two, and high near 0 where the noise of a token grows with its own logits."
     )
-    return Figure("margins", caption, _png(figure))
+    return Figure("margins", caption, png(figure))
 
 
 def appendix_figure(redone: np.ndarray, example: np.ndarray, shifts: Sequence[str], kept: float) -> Figure:
     """Set overlap against the scale of relative noise: on this model's logits and on the printed example, as they are and moved."""
-    figure, axes = _canvas(3.6, 2, sharey=True)
+    figure, (axes,) = grid(2, 2, 3.6, sharey=True)
     for ax, values, title in zip(
         axes, (redone.mean(2), example), ("this model's clean logits", "the printed example, continued to 128"), strict=True
     ):
@@ -97,7 +95,7 @@ def appendix_figure(redone: np.ndarray, example: np.ndarray, shifts: Sequence[st
         ax.set_xlabel("relative noise on the logits (%)", fontsize=9)
         ax.set_ylim(0, 1.05)
         ax.set_xticks([100 * scale for scale in SCALES])
-        _tidy(ax, "y")
+        tidy(ax, "y")
     axes[1].plot(5, 0.5, "*", color="black", markersize=11, label="claimed for the example: half")
     axes[1].plot(5, kept, "X", color="black", markersize=8, label="what its printed numbers say")
     axes[0].set_ylabel("share of chosen experts kept", fontsize=9)
@@ -105,9 +103,9 @@ def appendix_figure(redone: np.ndarray, example: np.ndarray, shifts: Sequence[st
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     caption = (
         "Relative noise on router logits. All four lines of a panel are the same routing function: a number added to all logits of a token changes neither "
-        "its experts nor their weights, but it changes the size of relative noise."
+        "its experts nor, with softmax, their weights, but it changes the size of relative noise."
     )
-    return Figure("appendix", caption, _png(figure))
+    return Figure("appendix", caption, png(figure))
 
 
 def margin_labels() -> list[str]:
@@ -115,24 +113,3 @@ def margin_labels() -> list[str]:
     return [
         f"{low:g}-{high:g}" if np.isfinite(high) else f"over {low:g}" for low, high in zip(MARGIN_EDGES[:-1], MARGIN_EDGES[1:], strict=True)
     ]
-
-
-def _canvas(height: float, columns: int, **share: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False, **share)[0]
-
-
-def _tidy(ax: Any, axis: str) -> None:
-    ax.grid(axis=axis, color=RULE, linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Any) -> bytes:
-    """Without the version of the program that drew it, so that the same numbers give the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()

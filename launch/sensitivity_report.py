@@ -22,6 +22,7 @@ from launch.sensitivity_tables import (
     clean_loss,
     columns_of,
     damages,
+    drawless,
     every_arm,
     experts_table,
     first_table,
@@ -32,7 +33,6 @@ from launch.sensitivity_tables import (
     margins_table,
     name_of,
     named_arms,
-    p_words,
     percent,
     percents,
     shares_table,
@@ -40,11 +40,11 @@ from launch.sensitivity_tables import (
 )
 from moe_jax import routing_stats
 from moe_jax.config_tools import config_dict
+from moe_jax.files import write_atomic
 from moe_jax.sensitivity import CLEAN, OPPOSITE, ROUTES, Sensitivity
 from moe_jax.studies import document
-from moe_jax.studies.analysis import interval_text, number
+from moe_jax.studies.analysis import interval_text, number, p_words
 from moe_jax.studies.document import Block, Bullets, Heading, Table, Text
-from moe_jax.studies.ledger import replace_file
 from moe_jax.studies.report import NO_FIGURES
 from moe_jax.studies.stats import Contrast, summary
 
@@ -74,17 +74,13 @@ def build(found: Sensitivity, about: About, logits: Logits, folder: Path) -> tup
     blocks += draw(figures.layers_figure, found, WORDS, logits.predicted)
     blocks += [first_table(found), amplification_table(found), Heading("Which tokens flip"), margins_table(found)]
     blocks += [*draw(figures.margins_figure, found, WORDS), Heading("The routers' logits"), logits_table(found), experts_table(found)]
-    blocks += [Heading("Appendix: what x % noise on the logits does to the chosen experts"), *appendix(logits.redone, about)]
-    blocks += draw(figures.appendix_figure, logits.redone, example()[1], MOVED, example()[0] / EXAMPLE_CHOSEN)
+    if not logits.selection_bias:  # it works on bare logits, which then do not say the routes
+        blocks += [Heading("Appendix: what x % noise on the logits does to the chosen experts"), *appendix(logits.redone, about)]
+        blocks += draw(figures.appendix_figure, logits.redone, example()[1], MOVED, example()[0] / EXAMPLE_CHOSEN)
     blocks += [Heading("Every arm"), every_arm(found), Heading("How it was measured"), *_method(found, about)]
-    for block in blocks:
-        if isinstance(block, document.Figure):
-            replace_file(folder / "figures" / f"{block.name}.png", block.png)
     numbers = to_json(found, about, logits) | {"findings": findings}
-    replace_file(folder / "report.json", (json.dumps(config_dict(numbers), indent=1) + "\n").encode())
-    replace_file(folder / "report.md", document.to_markdown(title, blocks).encode())
-    replace_file(folder / "report.html", document.to_html(title, blocks).encode())
-    return folder / "report.html", table
+    write_atomic(folder / "report.json", json.dumps(config_dict(numbers), indent=1) + "\n")
+    return document.write(folder, "report", title, blocks)[0], table
 
 
 # --- sentences ----------------------------------------------------------------------------------------------------------------
@@ -114,7 +110,12 @@ def sentences(found: Sensitivity, about: About, logits: Logits) -> tuple[str, ..
 def _damage_sentence(what: str, found: Contrast, clean: float) -> str:
     if found.mean == 0 and found.sd == 0:
         return f"{what} changes nothing: the loss is the clean pass's in each of {found.n} seeds."
-    evidence = f"95 % t interval over {found.n} noise seeds; p{p_words(found.holm_p)} after Holm"
+    if drawless(found):
+        return (
+            f"{what} changes the loss by {number(found.mean, 5, True)} nats per token in each of {found.n} seeds: it draws nothing, "
+            "so that the seeds do not say how sure that is."
+        )
+    evidence = f"95 % t interval over {found.n} noise seeds; {p_words(found.holm_p)} after Holm"
     change = f"{number(found.mean, 5, True)} nats per token {interval_text(found.interval, 5, True)}"
     if not found.resolved:
         seen = f"the smallest effect that these seeds could have seen is {number(found.smallest, 5)}"
@@ -172,6 +173,8 @@ def _router_sentences(found: Sensitivity, about: About, logits: Logits) -> list[
             f"clean logits; on clean inputs it changed {percent(own.mean)} {percents(own.interval)}{more}."
         )
     offset = clean["router/logit_offset"].mean()
+    if logits.selection_bias:
+        return said
     said.append(
         f"The offset of the clean router logits, abs(mean) / std of a token's logits, is {offset:.2f} on average, "
         "so that noise relative to a logit is about "

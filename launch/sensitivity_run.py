@@ -54,15 +54,9 @@ class Config:
 
 def make_config(saved: Saved, model: str, source: str | None, length: int | None, given: dict[str, Any]) -> Config:
     """The config of these flags: the text is the run's own, or for a preset one that fits its vocabulary; the batch is that of routes to replay."""
-    if saved.run is None:
-        data = saved.text(source or "wiki", length or min(512, saved.config.max_seq_len))
-    else:
-        data = saved.run.data.replace(source=source or saved.run.data.source, seq_len=length or saved.run.data.seq_len)
-        if data.source != saved.run.data.source and data.tokenizer.startswith("bpe:"):
-            raise ConfigError(
-                f"the tokenizer {data.tokenizer} of this run was trained on {saved.run.data.source}, and on {data.source} its ids would mean other words; "
-                f"leave --data out"
-            )
+    if length is not None and length > saved.config.max_seq_len:
+        raise ConfigError(f"--seq_len={length} is longer than the {saved.config.max_seq_len} positions of {model}")
+    data = saved.text(source, length or (512 if saved.run is None else None))
     if given["batch"] is None:
         given["batch"] = 8 if given["replay"] is None else TraceReader(given["replay"]).info.batch
     return Config(model, data=data, data_seed=saved.run.data_seed if saved.run else 0, step=saved.step, **given)
@@ -99,10 +93,9 @@ def describe(config: Config, saved: Saved) -> str:
 def measure(config: Config, saved: Saved, folder: Path, mesh: Mesh | None = None) -> tuple[Path, Table]:
     """Runs all arms, over the devices of `mesh`, and writes the report into the folder; returns its page and the table of damages."""
     shape, acting = saved.config, acting_noise(config, saved)
-    data = text.build(config.data.replace(eval_windows=config.windows), config.data_seed)
-    ids, windows = data.corpus.tokenizer.vocab_size, min(config.windows, len(data.validation_starts))
-    if ids > shape.vocab_size:
-        raise ConfigError(f"the tokenizer {config.data.tokenizer} has {ids} ids, the model's vocab_size is {shape.vocab_size}")
+    data = text.build(saved.check_words(config.data).replace(eval_windows=config.windows), config.data_seed)
+    data.check_vocabulary(shape.vocab_size)
+    windows = min(config.windows, len(data.validation_starts))
     if windows < config.windows:
         print(
             f"the validation text has {windows} windows of {config.data.seq_len} tokens, fewer than the {config.windows} asked for",

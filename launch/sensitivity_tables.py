@@ -70,16 +70,23 @@ def arms_table(found: Sensitivity, arms: Sequence[Arm]) -> Table:
     for name, routes, noisy in arms:
         loss, text = found.damage("loss", routes, noisy), found.damage("loss", routes, noisy, "batches") if len(found.tokens) > 1 else None
         test = tested.get(noisy) if routes == "live" else None
+        test = None if test is not None and drawless(test) else test
         verdict = "-" if test is None else ("higher" if test.mean > 0 else "lower") if test.resolved else "unresolved"
         over_text = "-" if text is None else interval_text(text.interval, 5, True)
         kl = with_interval(found.damage("kl", routes, noisy), 5)
         rows.append((name, with_interval(loss, 5, True), over_text, kl, "-" if test is None else p_text(test.holm_p), verdict))
     header = ("arm", "loss - clean [over seeds]", "[over text]", "KL to clean [over seeds]", "p (Holm)", "loss is")
     notes = (
-        "In brackets: 95 % t intervals. p and verdict: of all noise and of each factor alone, corrected for this family. The other arms enter the shares. "
+        "In brackets: 95 % t intervals. p and verdict: of all noise and of each factor alone, where they draw, corrected for this family. "
+        "The other arms enter the shares. "
         "Perplexity and the share of tokens with the same likeliest word: in the table of every arm.",
     )
     return Table(f"Damage by arm, nats per token, {len(found.seeds)} noise seeds", header, tuple(rows), last_words=1, notes=notes)
+
+
+def drawless(found: Contrast) -> bool:
+    """Whether every seed gave the same number: noise that draws nothing, of which seeds are copies and no sample."""
+    return found.sd <= 1e-12 * abs(found.mean)
 
 
 def shares_table(found: Sensitivity, about: About) -> Table:
@@ -322,11 +329,6 @@ def listed(names: Sequence[str]) -> str:
 
 def with_interval(found: Contrast, decimals: int, sign: bool = False) -> str:
     return f"{number(found.mean, decimals, sign)} {interval_text(found.interval, decimals, sign)}"
-
-
-def p_words(value: float | None) -> str:
-    text = p_text(value)
-    return f" {text}" if text.startswith("<") else f" = {text}"
 
 
 def lower(text: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, define_hosts, define_mesh, run
+from launch.common import Hosts, MeshFlag, StopRequests, run
 from moe_jax.errors import ConfigError
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "Which study: NAME:PRESET, e.g. noise_factorial:quick.", required=True)
@@ -31,7 +31,7 @@ _LANES = flags.DEFINE_integer(
     "same numbers as one after the other. A study that was stopped goes on with any number. As many lanes as cores make small models 1.6 times as fast.",
     lower_bound=1,
 )
-_MESH, _HOSTS = define_mesh(), define_hosts()
+_MESH, _HOSTS = MeshFlag(), Hosts()
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +97,9 @@ def _run(experiment, workdir: Path, shared: Path, mesh) -> int:
             compiled = f"; programs compiled: {programs}" if programs else ""  # a study that measures counts none
             say(f"{outcome.done} runs finished, {outcome.failed} failed in {outcome.seconds:.0f} s{compiled}\n")
         else:
-            say(f"{experiment.name}: nothing to do, all {len(experiment.design.runs())} runs are in the ledger")
+            refused = len(ledger.missing())
+            why = f"{refused} runs met a value that is not finite; --retry_failed runs them again"
+            say(f"{experiment.name}: nothing to do, {why if refused else f'all {len(experiment.design.runs())} runs are in the ledger'}")
         on_first(lambda: _report(experiment, workdir, report))
         return 1 if Ledger.read(workdir).missing() else 0
 

@@ -11,17 +11,20 @@ Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 da
 
 import dataclasses
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, apply_overrides, define_hosts, define_mesh, define_set, run
+from launch.common import Hosts, MeshFlag, StopRequests, apply_overrides, define_set, run
 
 _PRESET = flags.DEFINE_string(
     "preset", None, "Model preset: tiny, quick, small, seed_79m, qwen3_tiny and larger ones. None means the model of --start, or quick."
 )
-_DATA = flags.DEFINE_string("data", "wiki", "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt).")
+_DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Text: a name from launch.data --list, or a file (PATH, PATH.jsonl#FIELD, a folder of .txt). None means that of the run in --start, or wiki.",
+)
 _STEPS = flags.DEFINE_integer("steps", 200, "Updates.", lower_bound=1)
 _NOISE = flags.DEFINE_string("noise", "", "SITE=KIND:SCALE[:phases=…][:layers=…], comma-separated, e.g. router_logits=additive:0.1.")
 _SEED = flags.DEFINE_integer("seed", 0, "Initial weights, data order and draws; --set init_seed= and the like part them.", lower_bound=0)
@@ -44,7 +47,7 @@ _FREEZE = flags.DEFINE_list(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Needed unless --dry_run.")
 _PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many updates, after the first two, for xprof, into WORKDIR/profile.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the config, the parameters and the optimizer table; write nothing.")
-_MESH, _HOSTS = define_mesh(), define_hosts()
+_MESH, _HOSTS = MeshFlag(), Hosts()
 _SET = define_set()
 
 
@@ -72,7 +75,7 @@ def make_config():
 
     start = load_model(_START.value or _PRESET.value or "quick")
     model = ModelConfig.preset(_PRESET.value) if _PRESET.value else start.config
-    data = start.text(_DATA.value, 128)
+    data = start.text(_DATA.value)
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
     config = RunConfig(model=model, data=data, optimizer=optimizer, updates=steps, noise=_NOISE.value, checkpoint_every=max(1, steps // 10))
@@ -100,16 +103,17 @@ def _describe(config) -> None:
 
 def _train(config, workdir: Path) -> None:
     from moe_jax.distributed import first
+    from moe_jax.studies.run import describe_devices
     from moe_jax.train.data import build
     from moe_jax.train.loop import run as train
     from moe_jax.train.run_folder import RunFolder
     from moe_jax.train.writers import Progress
 
     program = config.program(_MESH.build())
-    with RunFolder(workdir) as folder, StopRequests() as stop, Progress(config.updates) if first() else nullcontext() as progress:
+    with RunFolder(workdir) as folder, StopRequests() as stop, Progress(config.updates) as progress:
         folder.check_config(config)
         data = build(config.data, config.data_seed)
-        for change in folder.start(config, sys.argv):
+        for change in folder.start(config, sys.argv, describe_devices()):
             print(f"since the last launch: {change}", file=sys.stderr)
         result = train(config, program, data, workdir, progress, lambda: bool(stop()), _PROFILE.value)
     for name, value in sorted(result.metrics.items()) if first() else ():

@@ -24,7 +24,6 @@ _WHERE = {
     "load_model": "moe_jax.train.saved",
     "MeshSpec": "moe_jax.mesh",
     "load_hf": "moe_jax.hf.load",
-    "load_gguf": "moe_jax.hf.load",
     "save_hf": "moe_jax.hf.save",
     "Sampling": "moe_jax.generate",
     "Sampler": "moe_jax.generate",

@@ -1,7 +1,6 @@
 """Configs as plain data: a frozen dataclass to a JSON dict, its dotted fields, its digest, what differs, and typed overrides."""
 
 import dataclasses
-import enum
 import hashlib
 import json
 import math
@@ -23,15 +22,13 @@ _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "nul
 def config_dict(config: Any) -> Any:
     """A dataclass (or a mapping, sequence or scalar inside one) as what JSON can hold and give back unchanged.
 
-    Dataclasses and mappings become dicts, tuples and ranges lists, enums their value; a non-finite float becomes "nan", "inf"
+    Dataclasses and mappings become dicts, tuples and ranges lists; a non-finite float becomes "nan", "inf"
     or "-inf", which strict JSON lacks. Raises ConfigError for anything else: a config must be readable without Python.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: config_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
         return {str(key): config_dict(value) for key, value in config.items()}
-    if isinstance(config, enum.Enum):
-        return config_dict(config.value)
     if config is None or isinstance(config, bool | int | str):
         return config
     if isinstance(config, float):
@@ -84,9 +81,8 @@ def _same_number(a: Any, b: Any) -> bool:
 def apply_overrides(config: C, overrides: Sequence[str]) -> C:
     """A copy of a nested frozen dataclass with 'a.b=c' settings applied; a later setting of a field wins.
 
-    Text becomes the type the field declares: int, float, bool, str, Literal or Enum (by value), `X | None` ('none'), tuples as
+    Text becomes the type the field declares: int, float (finite), bool, str, Literal, `X | None` ('none'), tuples as
     comma lists. All settings are applied together, so two fields that only fit each other can change at once.
-    A float must be finite unless its field carries `metadata={"allow_nonfinite": True}`.
 
     Raises ConfigError for an unknown field (with the nearest name and the known ones), a value of the wrong type, and a
     combination that the dataclass itself refuses.
@@ -112,11 +108,11 @@ def _place(config: Any, name: str, text: str, changes: dict[str, Any]) -> None:
             now = None if at is None else config_dict(group)
             raise ConfigError(f"--set {name}={text}: '{prefix[:-1]}' is {_text(now)}, not a group of fields")
     _check_known(config, group, last, prefix, name)
-    kind, metadata = _declared(group, last)
+    kind = typing.get_type_hints(type(group))[last]
     inner, optional = getattr(group, last), type(None) in typing.get_args(kind)
     if dataclasses.is_dataclass(inner) and not (optional and text.lower() in _NONE):
         raise ConfigError(f"--set {name}={text}: '{name}' is a group; set one of {_fields(inner, name + '.')}")
-    at[last] = None if dataclasses.is_dataclass(inner) else parse(name, kind, text, bool(metadata.get("allow_nonfinite")))
+    at[last] = None if dataclasses.is_dataclass(inner) else parse(name, kind, text)
 
 
 def _fields(group: Any, prefix: str) -> str:
@@ -129,11 +125,6 @@ def _check_known(config: Any, group: Any, part: str, prefix: str, name: str) -> 
         close = closest(part, names)
         hint = f" (did you mean '{prefix}{close}'?)" if close else nearest(part, flatten(config))
         raise ConfigError(f"unknown config field '{name}'{hint}; known: {_fields(group, prefix)}")
-
-
-def _declared(group: Any, field_name: str) -> tuple[Any, Mapping[Any, Any]]:
-    field = next(field for field in dataclasses.fields(group) if field.name == field_name)
-    return typing.get_type_hints(type(group))[field_name], field.metadata
 
 
 def _replace(config: C, changes: Mapping[str, Any], overrides: list[str]) -> C:
@@ -156,23 +147,21 @@ def _example(config: Any) -> str:
 # --- text to a declared type --------------------------------------------------------------------------------------------------
 
 
-def parse(name: str, kind: Any, text: str, allow_nonfinite: bool = False) -> Any:
+def parse(name: str, kind: Any, text: str) -> Any:
     """`text` as a value of the annotated type `kind`; raises ConfigError that says what was given to field `name` and what it needs."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _union(name, arguments, text, allow_nonfinite)
+        return _union(name, arguments, text)
     if origin is typing.Literal:
         return _choice(name, {str(choice): choice for choice in arguments}, text)
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return _choice(name, {str(member.value): member for member in kind}, text)
     if origin is tuple:
-        return _tuple(name, arguments, text, allow_nonfinite)
+        return _tuple(name, arguments, text)
     if kind is bool:
         return _bool(name, text)
     if kind is int:
         return _int(name, text)
     if kind is float:
-        return _float(name, text, allow_nonfinite)
+        return _float(name, text)
     if kind is str:
         return text
     raise ConfigError(f"--set {name}={text}: this field holds {_kind_text(kind)} and cannot be set on the command line")
@@ -186,7 +175,7 @@ def _wrong(name: str, text: str, needed: str) -> ConfigError:
     return ConfigError(f"--set {name}={text}: needs {needed}, was given {text!r}")
 
 
-def _union(name: str, kinds: Iterable[Any], text: str, allow_nonfinite: bool) -> Any:
+def _union(name: str, kinds: Iterable[Any], text: str) -> Any:
     kinds = list(kinds)
     if type(None) in kinds and text.lower() in _NONE:
         return None
@@ -195,7 +184,7 @@ def _union(name: str, kinds: Iterable[Any], text: str, allow_nonfinite: bool) ->
     error = None
     for kind in rest:
         try:
-            return parse(name, kind, text, allow_nonfinite)
+            return parse(name, kind, text)
         except ConfigError as raised:
             error = error or raised
     assert error is not None
@@ -210,14 +199,14 @@ def _choice(name: str, choices: Mapping[str, Any], text: str) -> Any:
     raise ConfigError(f"--set {name}={text}: needs one of {', '.join(choices)}, was given {text!r}{nearest(text, choices)}")
 
 
-def _tuple(name: str, kinds: Sequence[Any], text: str, allow_nonfinite: bool) -> tuple[Any, ...]:
+def _tuple(name: str, kinds: Sequence[Any], text: str) -> tuple[Any, ...]:
     text = text[1:-1].strip() if text[:1] + text[-1:] in ("()", "[]") else text
     parts = [part.strip() for part in text.removesuffix(",").split(",")] if text else []
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         kinds = (kinds[0],) * len(parts)
     if len(kinds) != len(parts):
         raise _wrong(name, text, f"{len(kinds)} values with commas between them")
-    return tuple(parse(name, kind, part, allow_nonfinite) for kind, part in zip(kinds, parts, strict=True))
+    return tuple(parse(name, kind, part) for kind, part in zip(kinds, parts, strict=True))
 
 
 def _bool(name: str, text: str) -> bool:
@@ -233,11 +222,11 @@ def _int(name: str, text: str) -> int:
         raise _wrong(name, text, "a whole number") from None
 
 
-def _float(name: str, text: str, allow_nonfinite: bool) -> float:
+def _float(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         raise _wrong(name, text, "a number") from None
-    if not (math.isfinite(value) or allow_nonfinite):
+    if not math.isfinite(value):
         raise _wrong(name, text, "a finite number")
     return value

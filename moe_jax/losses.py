@@ -253,8 +253,8 @@ def balance_parts(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: st
 
 
 def balance_of(counts: Float[Array, "... E"], scores: Float[Array, "... E"]) -> Float[Array, "..."]:
-    """E * sum_e f_e P_e from counts, perhaps of more tokens than the scores are of."""
-    return counts.shape[-1] * (counts / counts.sum(-1, keepdims=True) * scores).sum(-1)
+    """E * sum_e f_e P_e from counts, perhaps of more tokens than the scores are of; 0 without any."""
+    return counts.shape[-1] * (counts / jnp.maximum(counts.sum(-1, keepdims=True), 1) * scores).sum(-1)
 
 
 def convert_balance_weight(weight: float, k: int, source: str, target: str) -> float:

@@ -1,6 +1,6 @@
 """The device mesh: which axes there are, how long each is, and which logical axis is laid over which. The only file that asks for devices.
 
-N devices in all. Axes of a mesh, from the one whose neighbours are farthest apart: lanes (separate runs), data, fsdp, expert, tensor.
+N devices in all. Axes of a mesh, from the one whose neighbours are farthest apart: data, fsdp, expert, tensor.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe_jax.axes import Rules
 from moe_jax.errors import ConfigError, nearest
 
-AXES = ("lanes", "data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 # The batch over every axis but tensor, so that nothing is computed twice; experts over expert and tensor together, since one expert is too narrow to be
 # cut; heads, widths and words over tensor; each parameter's model width over fsdp.
@@ -38,14 +38,13 @@ class MeshSpec:
     """Sizes of the mesh axes; their product must be the number of devices.
 
     slices: over how many slices (groups of devices that a slower network joins) the data axis goes; each holds data / slices of it. The other axes stay
-    inside one slice. lanes: separate runs; a model refuses such a mesh, and launch.study --lanes gives each run a device of its own instead.
+    inside one slice.
     """
 
     data: int = 1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
-    lanes: int = 1
     slices: int = 1
 
     def __post_init__(self):
@@ -123,7 +122,8 @@ class Layout:
             if batch % math.prod(sizes[axis] for axis in rows) == 0:
                 return cls(mesh, rules, rows)
         split = " x ".join(f"{axis}={sizes[axis]}" for axis in fewer)
-        raise ConfigError(f"a batch of {batch} sequences does not divide over the mesh axes {split}; change batch_size or the mesh")
+        hint = "change batch_size, or eval_batch if that is it, or the mesh"
+        raise ConfigError(f"a batch of {batch} sequences does not divide over the mesh axes {split}; {hint}")
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class Layout:
     @property
     def all_axes(self) -> tuple[str, ...]:
         """The axes that one run is divided over, those of size 1 left out."""
-        return tuple(axis for axis in AXES[1:] if self.size(axis) > 1)
+        return tuple(axis for axis in AXES if self.size(axis) > 1)
 
     def size(self, *axes: str) -> int:
         return math.prod(dict(self.mesh.shape).get(axis, 1) for axis in axes)

@@ -17,7 +17,7 @@ from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
 
 WHAT = ("ids", "ids+weights")
 POLICIES = ("live", "replayed", "off")
-# freeze_params: the router's weights never change. stop_gate_gradient: no gradient passes the gate into the trunk. stop_aux_gradient: balance and z
+# freeze_params: the router's weights and biases never change. stop_gate_gradient: no gradient passes the gate into the trunk. stop_aux_gradient: balance and z
 # loss train nothing. freeze_bias: the selection bias is not updated.
 FREEZES = ("freeze_params", "stop_gate_gradient", "stop_aux_gradient", "freeze_bias")
 

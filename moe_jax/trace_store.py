@@ -27,9 +27,10 @@ import numpy as np
 
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import TraceError
+from moe_jax.files import sync_folder, write_atomic
 from moe_jax.replay import check_shape, check_trace
 from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
-from moe_jax.train.run_folder import Closing, some, sync_folder, write_atomic
+from moe_jax.train.run_folder import Closing, some
 from moe_jax.train.sources import sha256_of
 
 SCHEMA = "moe_jax.routing_trace/1"

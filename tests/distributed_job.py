@@ -13,14 +13,14 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import StopRequests, define_hosts, run
+from launch.common import Hosts, StopRequests, run
 from moe_jax import distributed, errors
 
 FOLDER = flags.DEFINE_string("folder", None, "Where the job saves, and every process notes its pid.", required=True)
 STEPS = flags.DEFINE_integer("steps", 3, "Steps.")
 SLEEP = flags.DEFINE_float("sleep", 0.0, "Seconds between steps.")
 FAIL = flags.DEFINE_string("fail", "", "The error that process 0 meets in step 2, or 'INDEX:ERROR' for a process that fails by itself.")
-HOSTS = define_hosts()
+HOSTS = Hosts()
 
 
 def fail(step: int, index: int) -> None:

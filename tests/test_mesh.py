@@ -14,7 +14,7 @@ from moe_jax.model import Model, ModelConfig
 
 def test_build_and_mismatch():
     mesh = MeshSpec(data=2, expert=4).build()
-    assert dict(mesh.shape) == {"lanes": 1, "data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
     two = MeshSpec(tensor=2).build(jax.devices()[3:5])
     assert [device.id for device in two.devices.flat] == [3, 4]
@@ -50,7 +50,8 @@ def test_a_mesh_as_text():
     assert MeshSpec.parse("data=2, expert=4") == MeshSpec(data=2, expert=4) and MeshSpec.parse("") == MeshSpec()
     assert str(MeshSpec(fsdp=2, tensor=4)) == "fsdp=2,tensor=4" and str(MeshSpec()) == "one device"
     for text, message in (
-        ("dat=2", r"unknown mesh axis 'dat' \(did you mean 'data'\?\) in 'dat=2'; known: data, fsdp, expert, tensor, lanes, slices"),
+        ("dat=2", r"unknown mesh axis 'dat' \(did you mean 'data'\?\) in 'dat=2'; known: data, fsdp, expert, tensor, slices"),
+        ("lanes=8", "unknown mesh axis 'lanes'"),
         ("data=two", "cannot read mesh 'data=two' at 'data=two'"),
         ("data=2,data=4", "write each axis once"),
         ("expert=0", "mesh axis expert must be a whole number of at least 1, got 0"),
@@ -58,11 +59,6 @@ def test_a_mesh_as_text():
     ):
         with pytest.raises(ConfigError, match=message):
             MeshSpec.parse(text)
-
-
-def test_a_model_has_no_lanes():
-    with pytest.raises(ConfigError, match="a model does not go over 8 lanes, which are runs of their own: launch.study --lanes"):
-        Model(ModelConfig.preset("tiny"), MeshSpec(lanes=8).build())
 
 
 def test_slices_split_the_data_axis_alone():
@@ -75,7 +71,8 @@ def test_a_batch_is_divided_over_what_divides_it():
     mesh = MeshSpec(data=2, fsdp=2, expert=2).build()
     assert Layout.of(mesh, 8).rows == ("data", "fsdp", "expert")
     assert Layout.of(mesh, 4).rows == ("data", "fsdp")  # repeated over the expert axis
-    with pytest.raises(
-        ConfigError, match="a batch of 6 sequences does not divide over the mesh axes data=2 x fsdp=2; change batch_size or the mesh"
-    ):
+    message = (
+        "a batch of 6 sequences does not divide over the mesh axes data=2 x fsdp=2; change batch_size, or eval_batch if that is it, or"
+    )
+    with pytest.raises(ConfigError, match=message):
         Layout.of(mesh, 6)

@@ -211,7 +211,7 @@ def test_the_selection_bias_moves_towards_balance_unless_frozen():
     load = np.asarray(metrics["router/load"])
     np.testing.assert_allclose(after[BIAS], before[BIAS] + 0.01 * np.sign(load.mean(-1, keepdims=True) - load), rtol=1e-6)
     assert (after[BIAS] != before[BIAS]).any() and "router/bias_load" not in metrics
-    for frozen in (Objective(bias_rate=0.01, freeze=("freeze_bias",)), Objective()):
+    for frozen in (*(Objective(bias_rate=0.01, freeze=(name,)) for name in ("freeze_bias", "freeze_params")), Objective()):
         before, after, _, _ = trained(frozen, steps=5, config=BIASED)
         np.testing.assert_array_equal(after[BIAS], before[BIAS])
 
@@ -227,6 +227,13 @@ def test_the_selection_bias_follows_its_policy_under_replay(policy, moves):
     assert (after[BIAS] != before[BIAS]).any() == moves
     if policy == "replayed":  # experts 0 and 1 took everything
         np.testing.assert_allclose(after[BIAS] - before[BIAS], np.tile([-0.01, -0.01, 0.01, 0.01], (2, 1)), rtol=1e-5)
+
+
+def test_a_balance_loss_that_is_off_is_zero_over_the_global_batch_too():
+    trace = RoutingTrace(np.zeros((2, 2, 16, 2), np.uint8) + np.array([0, 1], np.uint8), None, np.arange(2, dtype=np.int32))
+    replay = Replay(trace, balance_loss="off").micro_batches(1)
+    before, after, _, metrics = trained(Objective(balance_scope="global_batch"), steps=1, replay=replay)
+    assert float(metrics["balance_loss"][0]) == 0.0 and all((after[path] != before[path]).any() for path in before)
 
 
 # --- 3. rows without a route -------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ MATRIX = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 def orthogonalise(
     x: jax.Array,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = COEFFICIENTS,
     form: str = "auto",
     dtype: str = "float32",
     eps: float = 1e-7,
@@ -53,7 +52,7 @@ def orthogonalise(
     m, n = sorted(x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     factors = partial(_gram, tall=tall) if takes_gram(form, dtype, m, n) else _standard
-    solve = partial(_image, partial(factors, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype), tall)
+    solve = partial(_image, partial(factors, steps=steps, eps=eps, dtype=dtype), tall)
     # Without the barriers XLA may give the products a transposed layout, for which the CPU has no bfloat16 product (it fails at run time).
     x = lax.optimization_barrier(x.astype(dtype))
     if batch is None:
@@ -102,9 +101,9 @@ def _prescale(r: jax.Array, eps: float) -> jax.Array:
     return 1.0 / (jnp.sqrt(jnp.trace(r, axis1=-2, axis2=-1))[..., None, None] + eps)
 
 
-def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
+def _standard(x: jax.Array, steps: int, eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
     """X <- P X, P = a I + b R + c R² with R = X Xᵀ, for X [..., m, n]; the first step also divides X by its norm. The last P and X."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     identity = jnp.eye(x.shape[-2], dtype=jnp.float32)
 
     def factor(x, scale_of=lambda r: 1.0):
@@ -124,15 +123,13 @@ def _standard(x: jax.Array, steps: int, coefficients: tuple[float, float, float]
     return lax.fori_loop(0, steps - 1, step, first, unroll=platform() == "cpu")
 
 
-def _gram(
-    x: jax.Array, tall: bool, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: str
-) -> tuple[jax.Array, jax.Array]:
+def _gram(x: jax.Array, tall: bool, steps: int, eps: float, dtype: str) -> tuple[jax.Array, jax.Array]:
     """The same polynomials as Q of Q X, and X: R = X Xᵀ, P = a I + H with H = b R + c R², Q <- P Q, R <- P R P; Q <- Q P for Xᵀ Q of a tall one.
 
     No operand of a product holds a I: rounded together with H it would cost the small singular values their digits, in bfloat16 all of them. The
     order matters because rounded factors do not quite commute: P P R would lose its symmetry, and the small values with it.
     """
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
 
     def factor(r):
         rounded = r.astype(dtype)
@@ -166,10 +163,7 @@ class MuonState(NamedTuple):
 
 def scale_by_muon(
     beta: float = 0.95,
-    nesterov: bool = True,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = COEFFICIENTS,
-    bias_correction: bool = False,
     consistent_rms: float | None = None,
     dead: str = "keep",
     dimension_numbers: MuonDimensionNumbers | optax.Params = MATRIX,
@@ -182,20 +176,20 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Muon's direction for every leaf, without learning rate or weight decay.
 
-    momentum <- beta momentum + (1 - beta) g, mixed once more with g when `nesterov`; bias_correction divides as optax does (the seed
-    study did not). The orthogonal matrix is scaled by sqrt(max(1, out/in)) (Keller Jordan), or by consistent_rms * sqrt(max(in, out))
-    when that is given (0.2 in Moonlight, arXiv 2502.16982).
+    momentum <- beta momentum + (1 - beta) g, mixed once more with g (Nesterov), without optax's bias correction, as in the seed study. The orthogonal
+    matrix is scaled by sqrt(max(1, out/in)) (Keller Jordan), or by consistent_rms * sqrt(max(in, out)) when that is given (0.2 in Moonlight, arXiv
+    2502.16982).
     dead: a matrix of a stack whose gradient is exactly zero (an expert that got no token) still moves under "keep", at full size for
     hundreds of updates, because orthogonalising undoes the decay of its momentum; under "skip" it gets no update. Its momentum
     decays under both.
     dimension_numbers: one for every leaf, or a tree of them shaped as the parameters; axes that they do not name count matrices.
-    steps, coefficients, form, dtype, eps, batch: see `orthogonalise`. mesh, places: where the devices of a mesh divide the matrices among them, and a tree
+    steps, form, dtype, eps, batch: see `orthogonalise`. mesh, places: where the devices of a mesh divide the matrices among them, and a tree
     of pairs of PartitionSpecs: how each parameter is stored, and how its axes [stack..., in, out] lie while a device has its matrices whole, and no others.
     """
     _known("dead", dead, ("keep", "skip"))
 
     def solve(matrices):
-        return orthogonalise(matrices, steps, coefficients, form, dtype, eps, batch)
+        return orthogonalise(matrices, steps, form, dtype, eps, batch)
 
     def direction(mixed, gradient, numbers, place):
         own = solve
@@ -217,23 +211,13 @@ def scale_by_muon(
         del params
         gradients, count = updates, jnp.asarray(optax.safe_increment(state.count))
         momentum = optax.tree.update_moment(gradients, state.momentum, beta, 1)
-        mixed = _mix(momentum, gradients, beta, nesterov, count if bias_correction else None)
+        mixed = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, gradients)
         one = isinstance(dimension_numbers, MuonDimensionNumbers)
         numbers = jax.tree.map(lambda _: dimension_numbers, gradients) if one else dimension_numbers
         where = jax.tree.map(lambda _: None, gradients) if mesh is None else places
         return jax.tree.map(direction, mixed, gradients, numbers, where), MuonState(count, momentum)
 
     return optax.GradientTransformation(init, update)
-
-
-def _mix(momentum: optax.Updates, gradients: optax.Updates, beta: float, nesterov: bool, count: Any) -> optax.Updates:
-    """What is orthogonalised: the momentum, looking one gradient ahead if `nesterov`; bias-corrected if a `count` is given."""
-    if nesterov:
-        if count is not None:
-            momentum = optax.tree.bias_correction(momentum, beta, optax.safe_increment(count))
-            gradients = optax.tree.bias_correction(gradients, beta, count)
-        return jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, gradients)
-    return momentum if count is None else optax.tree.bias_correction(momentum, beta, count)
 
 
 def shape_scale(shape: tuple[int, ...], consistent_rms: float | None = None) -> float:
@@ -246,17 +230,8 @@ def shape_scale(shape: tuple[int, ...], consistent_rms: float | None = None) -> 
 
 def as_matrices(x: jax.Array, numbers: MuonDimensionNumbers = MATRIX) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """x as [stack..., in, out], and the function that undoes it. The stack axes keep their order and are never merged."""
-    inputs, outputs = (tuple(a % x.ndim for a in ([axes] if isinstance(axes, int) else axes)) for axes in numbers)
-    if set(inputs) & set(outputs) or not inputs or not outputs:
-        raise ConfigError(f"a matrix needs separate input and output axes, got {numbers} for shape {x.shape}")
-    stack = tuple(a for a in range(x.ndim) if a not in inputs + outputs)
-    order = stack + inputs + outputs
-    if order == tuple(range(x.ndim)) and len(inputs) == len(outputs) == 1:
-        return x, lambda y: y
-    moved = x.transpose(order)
-    sizes = moved.shape[: len(stack)], moved.shape[len(stack) : len(stack) + len(inputs)], moved.shape[len(stack) + len(inputs) :]
-    back = tuple(order.index(a) for a in range(x.ndim))
-    return moved.reshape(*sizes[0], math.prod(sizes[1]), math.prod(sizes[2])), lambda y: y.reshape(moved.shape).transpose(back)
+    axes: Any = numbers  # an input axis and an output axis
+    return jnp.moveaxis(x, axes, (-2, -1)), lambda y: jnp.moveaxis(y, (-2, -1), axes)
 
 
 def matrix_rms(x: jax.Array, numbers: MuonDimensionNumbers = MATRIX) -> jax.Array:

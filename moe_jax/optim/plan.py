@@ -63,8 +63,8 @@ class OptimizerConfig:
             if value not in known:
                 names = [name for name in known if name]
                 raise ConfigError(f"unknown {field} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}")
-        for field in ("learning_rate", "adamw_learning_rate", "eps", "weight_decay", "momentum"):
-            if not 0 <= getattr(self, field) < math.inf:
+        for field in ("learning_rate", "adamw_learning_rate", "eps", "weight_decay", "muon_weight_decay", "momentum"):
+            if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ConfigError(f"{field} must be a finite number, 0 or more; got {getattr(self, field)}")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise ConfigError(f"betas {self.betas} and momentum {self.momentum} must be at least 0 and below 1")
@@ -157,13 +157,12 @@ def _label(role: str, config: OptimizerConfig) -> str:
 
 
 def _dimension_numbers(path: str, spec: ParamSpec) -> MuonDimensionNumbers:
-    """The two axes of the matrix. In a router the expert axis is the matrix's output; elsewhere it counts matrices."""
-    stack = ("layers",) if spec.role == "router" else STACK_AXES
-    matrix = [index for index, axis in enumerate(spec.axes) if axis not in stack]
+    """The two axes of the matrix; the others count matrices. A router's experts are a matrix's output: their axis is "router", not "experts"."""
+    matrix = [index for index, axis in enumerate(spec.axes) if axis not in STACK_AXES]
     if len(matrix) != 2:
         raise ConfigError(
             f"parameter {path} {spec.shape} has role {spec.role!r}, which Muon updates as matrices, but its axes {spec.axes} "
-            f"leave {len(matrix)} besides the stack axes {stack}; declare exactly two (input, output), or another role"
+            f"leave {len(matrix)} besides the stack axes {STACK_AXES}; declare exactly two (input, output), or another role"
         )
     rank = len(spec.axes)
     return MuonDimensionNumbers(reduction_axis=matrix[0] - rank, output_axis=matrix[1] - rank)

@@ -158,7 +158,7 @@ class RLConfig:
         return dataclasses.replace(tasks.load(self.task, tokenizer), parse=self.parse)
 
     def program(self, mesh: Mesh | None = None) -> RLProgram:
-        return RLProgram(self.model, self.optimizer, self.objective, self.policy, self.response_tokens, self.shared_draws, mesh)
+        return RLProgram(*self.structure(), mesh=mesh)
 
     def structure(self) -> tuple:
         """What a program depends on: runs with equal structures share one. (jax compiles again for another structure of noise or another shape.)"""

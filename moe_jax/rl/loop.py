@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax import paths
 from moe_jax.distributed import on_all
-from moe_jax.errors import ConfigError, NonFinite, Stopped
+from moe_jax.errors import ConfigError
 from moe_jax.keys import Draw
 from moe_jax.noise import Noise
 from moe_jax.replay import empty_trace
@@ -30,8 +30,7 @@ from moe_jax.rl.sample import Answers
 from moe_jax.rl.tasks import Problem, Task
 from moe_jax.routing import RoutingTrace
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.loop import AnyProcess, Recorder, Result, ratio, start_parameters
-from moe_jax.train.run_folder import some
+from moe_jax.train.loop import AnyProcess, Recorder, Result, check_finite, ratio, start_parameters, stopped
 from moe_jax.train.state import TrainState
 from moe_jax.train.writers import MetricsWriter, Progress
 
@@ -88,7 +87,7 @@ class _Loop:
         """The updates done."""
         if checkpoints is None or checkpoints.latest() is None:
             return 0
-        found, _, done = checkpoints.restore(self._saved())
+        found, done = checkpoints.restore(self._saved())
         self.batch = jax.device_get(found.pop("batch"))
         self.state = TrainState(**found)
         return done
@@ -118,8 +117,7 @@ class _Loop:
                     on_all(recorder.writer.flush)  # no checkpoint is ahead of its metrics
                 checkpoints.save(done + 1, self._saved())
             if halt:
-                where = f"saved; the same command goes on from update {done + 1}" if saving else "not saved: checkpoint_every is 0"
-                raise Stopped(f"stopped at update {done + 1} of {config.updates}, {where}")
+                raise stopped(done + 1, config.updates, saving)
         recorder.add(config.updates, self.evaluate(config.steps), always=True)
 
     def collect(self, step: int) -> tuple[Batch, dict[str, float]]:
@@ -154,7 +152,7 @@ class _Loop:
         old, counts = self.score(self.state.params, host, noise, source, step)
         batch["old"] = old.log_probs
         if config.replay:
-            used: Any = recorded(_trace(old), host.lengths) if config.replay == "self" else source
+            used: Any = recorded(old.trace, host.lengths) if config.replay == "self" else source  # type: ignore[arg-type]
             batch["routes"] = replayed(jax.tree.map(np.asarray, used), config.replay_what).trace
         row = self.described(batch, host, given, right, old, counts, trace) | {"answers/cut_prompts": cut}
         times = {"sample": sampled - began, "reward": scored - sampled, "score": time.monotonic() - scored}
@@ -185,7 +183,8 @@ class _Loop:
         if old.router_entropy is not None:
             row["router/entropy"] = float(np.where(mask, old.router_entropy, 0).sum() / tokens)
             row |= {name: ratio(value) for name, value in jax.device_get(mismatch(trace, old.trace, mask)).items()}  # type: ignore[arg-type]
-        return row | {name: ratio(value) for name, value in counts.items() if value[1]}
+        # the update's own counts, in the same row, are replay/…
+        return row | {name.replace("replay/", "score/"): ratio(value) for name, value in counts.items() if value[1]}
 
     def update(self, step: int, part: int, names: list[str]) -> dict[str, float]:
         """One mini-batch's update; its metrics."""
@@ -209,12 +208,7 @@ class _Loop:
         knobs = config.knobs(None if noise is None else noise.in_phase("train"))
         self.state, metrics, flags = self.program.train(self.state, self.program.place(batch, rows, 1), knobs)
         host, bad = jax.device_get(({name: value for name, value in metrics.items() if name != "router/load"}, flags))
-        if bad.any():
-            where = some([name for name, flag in zip(names, bad, strict=True) if flag], 4, ", ")
-            raise NonFinite(
-                f"update {step * config.mini_batches + part + 1} was refused: not finite in the gradient of {where}; the parameters before it are "
-                "intact (lower the learning rate or the noise)"
-            )
+        check_finite(step * config.mini_batches + part + 1, names, bad)
         kept = {
             name: ratio(value)
             for name, value in host.items()
@@ -283,8 +277,9 @@ class _Loop:
         )
         penalty = np.zeros_like(right)
         if config.overlong_from:
-            lengths = (host.lengths - host.prompt_lengths).tolist()
-            penalty[:] = [rewards.overlong_penalty(length, config.overlong_from, config.response_tokens) for length in lengths]
+            # DAPO's soft overlong punishment, arXiv 2503.14476, equation 13
+            over = (host.lengths - host.prompt_lengths - config.overlong_from) / (config.response_tokens - config.overlong_from)
+            penalty = -np.clip(over, 0, 1).astype(np.float32)
         return rewards.checked(right + penalty), right
 
     def problems(self, step: int) -> list[Problem]:
@@ -358,12 +353,6 @@ def _empty(config: RLConfig) -> Batch:
         weights = config.replay_what == "ids+weights"
         batch["routes"] = empty_trace(model.moe_layers, model.num_experts, model.experts_per_token, *each, weights=weights)
     return batch
-
-
-def _trace(scored: Scored) -> RoutingTrace:
-    """Of a pass of a model that routes."""
-    assert scored.trace is not None
-    return scored.trace
 
 
 def _seed(*parts: Any) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.errors import ConfigError
 from moe_jax.plan.steps import Shapes, any_sampling, draw_of
 from moe_jax.rl.config import RLConfig
 from moe_jax.rl.program import RLProgram
@@ -27,7 +28,7 @@ class PolicyShapes(Shapes):
         rl = config.rl  # type: ignore[attr-defined]
         return (
             f"sampling: {rl.at_once} of {rl.answers} answers of at most {rl.response_tokens} tokens to prompts of {rl.prompt_tokens}; "
-            f"scoring: {rl.rows} answers"
+            f"scoring: {config.data.batch_size} answers"
         )
 
     def beside(self, step: str) -> int:
@@ -37,7 +38,7 @@ class PolicyShapes(Shapes):
         return reference + super().beside(step)
 
     def score(self) -> Any:
-        tokens = self._tokens((self.config.rl.rows, self.config.rl.length))
+        tokens = self._tokens((self.config.data.batch_size, self.config.data.seq_len))
         return self.program.score.lower(self.model.abstract(), tokens, self._knobs().noise, draw_of("old_logprob"), None)
 
     def sample(self) -> Any:
@@ -53,17 +54,25 @@ class PolicyRun(RunConfig):
     rl: RLConfig = RLConfig()
     shapes: ClassVar = PolicyShapes
 
+    def __post_init__(self):
+        object.__setattr__(self, "eval_batch", self.data.batch_size)  # answers that are scored at a time; it has no other evaluation
+        if self.data.seq_len != self.rl.length:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len}: a sequence of this run is a prompt and its answer, {self.rl.prompt_tokens} + "
+                f"{self.rl.response_tokens} tokens; leave --seq out"
+            )
+        super().__post_init__()
+
     @classmethod
     def of(cls, rl: RLConfig) -> "PolicyRun":
         """The run of an RLConfig. AQN, which acts in sampling alone, is left out."""
         tokenizer = rl.tokenizer or "bytes"
         data = DataConfig("synthetic", tokenizer, seq_len=rl.length, batch_size=rl.rows, accumulation=rl.accumulation)
         shared = {name: getattr(rl, name) for name in ("model", "optimizer", "objective", "updates", "start", "balance_weight", "z_weight")}
-        return cls(**shared, data=data, noise=rl.noise, eval_batch=rl.rows, rl=rl)
+        return cls(**shared, data=data, noise=rl.noise, rl=rl)
 
     def program(self, mesh: Mesh | None = None) -> RLProgram:
-        rl = self.rl
-        return RLProgram(self.model, self.optimizer, self.objective, rl.policy, rl.response_tokens, rl.shared_draws, mesh)
+        return dataclasses.replace(self.rl, model=self.model, optimizer=self.optimizer, objective=self.objective).program(mesh)
 
     def train_batch(self) -> dict[str, Any]:
         data = self.data

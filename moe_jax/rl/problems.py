@@ -4,18 +4,16 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import ConfigError, nearest
 from moe_jax.rl import rewards
 from moe_jax.rl.rewards import MARK
 
-SPLITS = ("train", "tune", "test")
 DIRECT, WRONG = 0.5, 0.2  # shares of imperfect demonstrations: with the working left out; with another answer
 MISSES = (-10, -2, -1, 1, 2, 10)  # what is added to a wrong answer
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
@@ -56,7 +54,6 @@ class Language:
     decode: Callable[[Sequence[int]], str] = field(repr=False)
     vocab_size: int  # ids are 0 … vocab_size - 1
     stop: tuple[int, ...]  # ids that end a response; the first ends the demonstrations
-    pad: int
     fingerprint: str  # sha256, hex, of everything that decides the ids
 
 
@@ -78,13 +75,6 @@ class Task:
     decode = property(lambda self: self.language.decode)
     vocab_size = property(lambda self: self.language.vocab_size)
     stop = property(lambda self: self.language.stop)
-    pad = property(lambda self: self.language.pad)
-
-    def prompts(self, split: str, indices: Iterable[int]) -> list[list[int]]:
-        """The encoded prompts of some problems of a split. Raises ConfigError for an unknown split, IndexError."""
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split {split!r}{nearest(split, SPLITS)}; known: {', '.join(SPLITS)}")
-        return [self.encode(getattr(self, split)[number].prompt) for number in indices]
 
     def score(self, problem: Problem, response_ids: Sequence[int] | np.ndarray) -> float:
         """1.0 for the right answer before the first stop token, else 0.0; ids outside the vocabulary, which mean nothing, score 0 too."""

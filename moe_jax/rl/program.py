@@ -28,9 +28,7 @@ from moe_jax.train.step import Objective
 EXTREME = 1.0  # a token whose log-ratio is further from 0 counts as extreme: e times as likely, or less
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("log_probs", "entropy", "router_entropy", "trace", "replay"), meta_fields=()
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """A pass over sampled tokens. At a position: of the token that follows."""

@@ -3,7 +3,6 @@
 Numbers are compared as strings of ASCII digits, so that neither length nor rounding matters. Every expression below is linear in the text.
 """
 
-import math
 import re
 from typing import Literal
 
@@ -64,20 +63,6 @@ def score(text: str, answer: str, parse: Parse = "strict") -> float:
         return float(given is not None and same_number(given, answer))
     _, mark, given = text.rpartition(MARK)
     return float(bool(mark or parse == "last") and bool(answer.strip()) and given.strip() == answer.strip())
-
-
-def overlong_penalty(length: int, free: int, limit: int, worst: float = -1.0) -> float:
-    """What a response of `length` tokens loses for its length: 0 up to `free`, then linear down to `worst` at `limit` and beyond.
-
-    Raises ConfigError for numbers that make no such line. Source: DAPO, arXiv 2503.14476, equation 13 (soft overlong punishment).
-    """
-    if length < 0 or not 0 <= free < limit:
-        raise ConfigError(
-            f"an overlong penalty needs 0 <= free < limit and a length of at least 0; got free {free}, limit {limit}, length {length}"
-        )
-    if not (math.isfinite(worst) and worst <= 0):
-        raise ConfigError(f"the worst overlong penalty must be finite and at most 0, got {worst}")
-    return 0.0 if length <= free else worst * min(1.0, (length - free) / (limit - free))
 
 
 def checked(rewards: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

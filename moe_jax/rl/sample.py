@@ -4,7 +4,6 @@ B answers, P tokens of the longest prompt, N tokens to sample, T = P + N, L MoE 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,9 +17,7 @@ from moe_jax.noise import Noise
 from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("tokens", "prompt_lengths", "lengths", "log_probs", "stopped", "trace"), meta_fields=()
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Answers:
     """What was sampled."""
@@ -49,15 +46,17 @@ def sample(
     """
     sampler = Sampler(model, trace=bool(model.config.moe_layers))
     rows, width = tokens.shape
+
+    def kept(found):
+        """Token, log-probability, whether it counts [B], and the routes [L, B, K] of the token that was read."""
+        token, log_prob, _, counts, routes = found
+        return token, log_prob, counts, *(part[:, :, 0] for part in routes or ())
+
+    def put(steps, number, found):
+        return tuple(jax.lax.dynamic_update_index_in_dim(every, part, number, 0) for every, part in zip(steps, kept(found), strict=True))
+
     state, first = sampler.begin(params, tokens, lengths, model.cache(rows, width + count), noise, draw, how)
-    token, log_prob, _, counts, found = first
-    prompt_routes: Any = found
-    now = [jnp.zeros((count, *part.shape), part.dtype) for part in (token, log_prob, counts)]
-    steps = _Steps(now[0], now[1], now[2], ())
-    if prompt_routes is not None:
-        steps = dataclasses.replace(steps, routes=tuple(jnp.zeros((count, *x.shape[:2], x.shape[-1]), x.dtype) for x in prompt_routes))
-    none = tuple(stack[0] for stack in steps.routes)
-    steps = steps.put(0, _Steps(token, log_prob, counts, none))
+    steps = put([jnp.zeros((count, *part.shape), part.dtype) for part in kept(first)], 0, first)
 
     def more(carry):
         number, state, _ = carry
@@ -65,37 +64,20 @@ def sample(
 
     def one(carry):
         number, state, steps = carry
-        state, (token, log_prob, _, counts, found) = sampler.go_on(params, state, noise, draw, how)
-        routes: Any = found or ()
-        found = _Steps(token, log_prob, counts, tuple(part[:, :, 0] for part in routes))
-        return number + 1, state, steps.put(number, found)
+        state, found = sampler.go_on(params, state, noise, draw, how)
+        return number + 1, state, put(steps, number, found)
 
-    # the routes of step n are of the token that it read, the one that step n - 1 chose
+    # the routes of step n are of the token that it read, the one that step n - 1 chose; those of step 0 are not looked at
     _, state, steps = jax.lax.while_loop(more, one, (1, state, steps))
-    return _assembled(model, tokens, lengths, state.done, steps, prompt_routes)
+    return _assembled(model, tokens, lengths, state.done, steps, first[-1])
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("token", "log_prob", "counts", "routes"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """[N, B, …] of each step; routes [N, L, B, K]."""
-
-    token: Array
-    log_prob: Array
-    counts: Array
-    routes: tuple[Any, ...]
-
-    def put(self, number: Any, one: "_Steps") -> "_Steps":
-        """These with step `number` in its place."""
-        return jax.tree.map(lambda every, part: jax.lax.dynamic_update_index_in_dim(every, part, number, 0), self, one)
-
-
-def _assembled(model: Model, prompts, lengths, done, steps: _Steps, prompt_routes) -> Answers:
-    rows, width = prompts.shape
-    count = len(steps.token)
+def _assembled(model: Model, prompts, lengths, done, steps, prompt_routes) -> Answers:
+    token, log_prob, counts, *later_routes = steps
+    (rows, width), count = prompts.shape, len(token)
     place = jnp.arange(width + count)[None]
     number = place - lengths[:, None]  # of the sampled token that stands here
-    ends = lengths + steps.counts.sum(0, dtype=jnp.int32)
+    ends = lengths + counts.sum(0, dtype=jnp.int32)
     answered = (number >= 0) & (place < ends[:, None])
 
     def at(stack, number):
@@ -105,13 +87,13 @@ def _assembled(model: Model, prompts, lengths, done, steps: _Steps, prompt_route
     def padded(x, axis: int):
         return jnp.pad(x, [(0, count if axis == each else 0) for each in range(x.ndim)])
 
-    tokens = jnp.where(answered, at(steps.token, number), jnp.where(number < 0, padded(prompts, 1), 0))
-    log_probs = jnp.where(answered, at(steps.log_prob, number), 0)
+    tokens = jnp.where(answered, at(token, number), jnp.where(number < 0, padded(prompts, 1), 0))
+    log_probs = jnp.where(answered, at(log_prob, number), 0)
     trace = None
     if prompt_routes is not None:
         c = model.config
         every, number = jnp.arange(rows)[:, None], jnp.clip(number + 1, 0, count - 1)  # the step that read the token
-        read = [stack.transpose(2, 0, 1, 3)[every, number].transpose(2, 0, 1, 3) for stack in steps.routes]
+        read = [stack.transpose(2, 0, 1, 3)[every, number].transpose(2, 0, 1, 3) for stack in later_routes]
         of_prompt, known = (place < lengths[:, None])[None, ..., None], (place < ends[:, None] - 1)[None, ..., None]
         routes = [jnp.where(of_prompt, padded(part, 2), later) for part, later in zip(prompt_routes, read, strict=True)]
         kind = trace_dtype(c.num_experts)

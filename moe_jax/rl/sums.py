@@ -84,4 +84,4 @@ def characters() -> Language:
     def decode(ids: Sequence[int]) -> str:
         return "".join(pieces[one] if 0 <= one < len(pieces) else "<unknown>" for one in ids)
 
-    return Language(encode, decode, len(pieces), (_IDS["<eos>"],), _IDS["<pad>"], fingerprint(pieces))
+    return Language(encode, decode, len(pieces), (_IDS["<eos>"],), fingerprint(pieces))

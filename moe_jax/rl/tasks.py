@@ -93,7 +93,7 @@ def _frame(tokenizer: Tokenizer) -> Callable[[str], str]:
 
 
 def _language(tokenizer: Tokenizer) -> Language:
-    """A tokenizer's part of a task. What ends an answer and what ends a document both stop; padding is masked, so any id serves."""
+    """A tokenizer's part of a task. What ends an answer and what ends a document both stop."""
     chat, end = tokenizer.chat, tokenizer.eos_id
     stop = tuple(dict.fromkeys((*chat.stops, *(() if end is None else (end,)))))
     if not stop:
@@ -103,7 +103,7 @@ def _language(tokenizer: Tokenizer) -> Language:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text).tolist()
 
-    return Language(encode, tokenizer.decode, tokenizer.vocab_size, stop, stop[0] if end is None else end, mark)
+    return Language(encode, tokenizer.decode, tokenizer.vocab_size, stop, mark)
 
 
 def _options(text: str, spec: str) -> dict[str, Any]:

@@ -82,16 +82,17 @@ def warm_up(
             continue
         state = state if params is None else dataclasses.replace(state, params=params)
         knobs = Knobs(None, jnp.uint32(config.seed), jnp.float32(config.balance_weight), jnp.float32(0))
+        refused: Any = False
         for update in range(done, done + stage.updates):
             if stop():
                 raise Stopped(f"stopped at update {update} of {config.updates} of the warm-up; the same command begins this stage again")
             batch = program.place(demonstrations(config, task, update, stage.imperfect), config.batch_size, 1)
-            state, metrics, flags = program.train(state, batch, knobs)
+            state, _, flags = program.train(state, batch, knobs)
+            refused |= flags
             if progress is not None:
                 progress.update(update + 1, {}, config.batch_size * config.length)
-            if update % 50 == 0 and np.asarray(flags).any():  # the others are refused by the step itself, and show here
-                raise NonFinite(f"update {update + 1} of the warm-up is not finite; lower the learning rate")
-            del metrics
+            if (update % 50 == 0 or update + 1 == done + stage.updates) and np.asarray(refused).any():  # asking waits for the device
+                raise NonFinite(f"by update {update + 1} of the warm-up one was not finite; lower the learning rate")
         done, params = done + stage.updates, state.params
         checkpoints.save(done, state)
 

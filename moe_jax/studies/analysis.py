@@ -96,6 +96,11 @@ def p_text(p: float | None) -> str:
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
+def p_words(p: float | None) -> str:
+    """ "p = 0.012", "p < 0.0001" or "p = -"."""
+    return f"p = {p_text(p)}".replace("= <", "< ")
+
+
 def t_text(t: float) -> str:
     """A t value with three digits, two decimals at most."""
     return f"{t:.2f}" if abs(t) < 1 else f"{t:.3g}"

@@ -6,12 +6,16 @@ import base64
 import dataclasses
 import html
 from collections.abc import Sequence
+from pathlib import Path
+
+from moe_jax.files import write_atomic
+
+FIGURES = "figures"  # the folder of a document's figures
 
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
     text: str
-    level: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +52,18 @@ class Figure:
 Block = Heading | Text | Bullets | Table | Figure
 
 
-def to_markdown(title: str, blocks: Sequence[Block], figures: str = "figures") -> str:
+def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, ...]:
+    """name.html, name.md and the figures beside them, which it returns in this order. The page is written last: where it is, all is."""
+    figures = {folder / FIGURES / f"{block.name}.png": block.png for block in blocks if isinstance(block, Figure)}
+    paths = folder / f"{name}.html", folder / f"{name}.md"
+    for path, data in {**figures, paths[1]: to_markdown(title, blocks), paths[0]: to_html(title, blocks)}.items():
+        write_atomic(path, data)
+    return *paths, *figures
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The document as Markdown; figures are links into the folder `figures` beside it."""
-    return "\n\n".join([f"# {title}", *(_markdown(block, figures) for block in blocks)]) + "\n"
+    return "\n\n".join([f"# {title}", *map(_markdown, blocks)]) + "\n"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
@@ -74,16 +87,16 @@ def to_text(table: Table) -> str:
     return "\n".join([table.caption, line(table.header), "  ".join("-" * w for w in widths), *map(line, table.rows), *table.notes])
 
 
-def _markdown(block: Block, figures: str) -> str:
+def _markdown(block: Block) -> str:
     match block:
-        case Heading(text, level):
-            return f"{'#' * level} {text}"
+        case Heading(text):
+            return f"## {text}"
         case Text(text, kind):
             return f"> **{kind.capitalize()}:** {text}" if kind else text
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
         case Figure(name, caption, _):
-            return f"![{_alt(caption)}]({figures}/{name}.png)\n\n*{caption}*"
+            return f"![{_alt(caption)}]({FIGURES}/{name}.png)\n\n*{caption}*"
         case Table():
             rule = ["---" if block.is_words(i) else "---:" for i in range(len(block.header))]
             lines = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in (block.header, rule, *block.rows)]
@@ -101,8 +114,8 @@ def _cell(text: str) -> str:
 
 def _html(block: Block) -> str:
     match block:
-        case Heading(text, level):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
+        case Heading(text):
+            return f"<h2>{html.escape(text)}</h2>"
         case Text(text, kind):
             label = f"<strong>{kind.capitalize()}:</strong> " if kind else ""
             return f'<p class="{kind or "text"}">{label}{html.escape(text)}</p>'

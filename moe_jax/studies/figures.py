@@ -35,14 +35,14 @@ BESIDE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center",
 
 def cells_figure(analysis: Analysis, metric: Metric) -> Figure:
     """One metric: every seed of every cell, their mean and its t interval; thin lines join the cells of a seed."""
-    figure, ((ax,),) = _grid(1, 1, 0.45 * len(analysis.design.cells()), margin=1.1)
+    figure, ((ax,),) = grid(1, 1, 0.45 * len(analysis.design.cells()), margin=1.1)
     _cells_panel(ax, analysis, metric, numbers=True)
     caption = (
         f"{metric.label} by cell. Diamond and bar: mean and {analysis.confidence} t interval over seeds. Small marks: single seeds, each joined "
         "across cells by a thin line. Where the lines run parallel, the cells differ by the same amount in every seed, and the "
         "paired differences resolve what these intervals, which contain the spread between seeds, do not."
     )
-    return Figure(f"cells_{metric.name}", caption, _png(figure))
+    return Figure(f"cells_{metric.name}", caption, png(figure))
 
 
 def others_figure(analysis: Analysis) -> Figure | None:
@@ -50,11 +50,11 @@ def others_figure(analysis: Analysis) -> Figure | None:
     metrics = [m for m in (*analysis.design.metrics[1:], analysis.time) if analysis.values.get(m.name)]
     if not metrics:
         return None
-    figure, axes = _grid(len(metrics), min(2, len(metrics)), 1.1 + 0.3 * len(analysis.design.cells()), sharey=True)
+    figure, axes = grid(len(metrics), min(2, len(metrics)), 1.1 + 0.3 * len(analysis.design.cells()), sharey=True)
     for ax, metric in zip(axes.flat, metrics, strict=False):
         _cells_panel(ax, analysis, metric, numbers=False)
     caption = "The other metrics by cell. Diamond and bar: mean and t interval over seeds; small marks: single seeds."
-    return Figure("cells_others", caption, _png(figure))
+    return Figure("cells_others", caption, png(figure))
 
 
 def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
@@ -63,7 +63,7 @@ def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
     tested = [(c, found) for c in design.comparisons if c.metric == metric.name and (found := analysis.contrasts[c.name])]
     if not tested:
         return None
-    figure, ((ax,),) = _grid(1, 1, 0.62 * len(tested), margin=1.0)
+    figure, ((ax,),) = grid(1, 1, 0.62 * len(tested), margin=1.0)
     ax.axvline(0, color=GREY, linewidth=1.2, zorder=1)
     for y, (_, found) in enumerate(tested):
         colour = PALETTE[0] if found.resolved else GREY
@@ -80,7 +80,7 @@ def differences_figure(analysis: Analysis, metric: Metric) -> Figure | None:
         "difference of every seed. Blue and filled: resolved after Holm's correction; grey and open: unresolved. Grey band: "
         "effects smaller than the smallest resolvable one, which this design would miss more than one time in five."
     )
-    return Figure(f"differences_{metric.name}", caption, _png(figure))
+    return Figure(f"differences_{metric.name}", caption, png(figure))
 
 
 def load_figure(analysis: Analysis) -> Figure | None:
@@ -95,7 +95,7 @@ def load_figure(analysis: Analysis) -> Figure | None:
     columns = last if design.only is None and 1 < last <= 3 and len(panels) > 1 else min(2, len(panels))
     layers = max(load.shape[0] for _, load in panels)
     alike = len({load.shape for _, load in panels}) == 1
-    figure, axes = _grid(len(panels), columns, min(3.2, 0.75 + 0.2 * layers), 0.8, sharex=alike, sharey=alike)
+    figure, axes = grid(len(panels), columns, min(3.2, 0.75 + 0.2 * layers), 0.8, sharex=alike, sharey=alike)
     top = max(1.5, *(float(load.max()) for _, load in panels))
     scale, image = colors.TwoSlopeNorm(1.0, 0.0, top), None
     for ax, (cell, load) in zip(axes.flat, panels, strict=False):
@@ -114,7 +114,7 @@ def load_figure(analysis: Analysis) -> Figure | None:
         "Expert load by layer: tokens an expert receives, relative to an equal share (1). An expert's number means nothing across seeds, "
         "so experts are sorted by load within each layer and seed, then averaged over seeds."
     )
-    return Figure("load", caption, _png(figure))
+    return Figure("load", caption, png(figure))
 
 
 def curves_figure(analysis: Analysis) -> Figure | None:
@@ -123,7 +123,7 @@ def curves_figure(analysis: Analysis) -> Figure | None:
     if not names:
         return None
     legend_lines = math.ceil(len(analysis.design.cells()) / 2)
-    figure, axes = _grid(2 * len(names), 2, 3.3, margin=0.2 * legend_lines)
+    figure, axes = grid(2 * len(names), 2, 3.3, margin=0.2 * legend_lines)
     for (whole, end), name in zip(axes, names, strict=True):
         _curves_panel(whole, analysis, name, 0.0)
         _curves_panel(end, analysis, name, 0.5)
@@ -133,7 +133,7 @@ def curves_figure(analysis: Analysis) -> Figure | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     band = " and the range from the lowest to the highest seed (band)" if len(analysis.design.cells()) <= BANDS else ""
     caption = f"Learning curves. Mean over seeds (line){band}; on the right the second half of the same steps, on its own scale."
-    return Figure("curves", caption, _png(figure))
+    return Figure("curves", caption, png(figure))
 
 
 # ---------------------------------------------------------------- what is drawn, as numbers
@@ -243,7 +243,7 @@ def _ticks(count: int) -> list[int]:
     return list(range(0, count, max(1, math.ceil(count / 8))))
 
 
-def _grid(count: int, columns: int, row_height: float, margin: float = 0.0, **share: Any) -> tuple[Any, np.ndarray]:
+def grid(count: int, columns: int, row_height: float, margin: float = 0.0, **share: Any) -> tuple[Any, np.ndarray]:
     """A figure and its [line, column] axes for `count` panels; those beyond are left empty. `margin` is for the figure's own labels."""
     from matplotlib.figure import Figure as Canvas
 
@@ -255,7 +255,15 @@ def _grid(count: int, columns: int, row_height: float, margin: float = 0.0, **sh
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def tidy(ax: Any, axis: str) -> None:
+    """Faint lines behind what is drawn, across `axis`, and no frame above and on the right."""
+    ax.grid(axis=axis, color=RULE, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure: Any) -> bytes:
     """The figure as PNG without the version of the program that drew it, so that the same ledger gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})

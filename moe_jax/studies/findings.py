@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_jax.studies.analysis import Analysis, cell_text, interval_text, level_text, number, p_text, t_text
+from moe_jax.studies.analysis import Analysis, cell_text, interval_text, level_text, number, p_words, t_text
 from moe_jax.studies.design import Comparison, Design, Metric
 from moe_jax.studies.stats import Contrast
 
@@ -52,7 +52,7 @@ def sentence(design: Design, comparison: Comparison, found: Contrast) -> str:
     alone = ""
     if found.p <= found.alpha:
         size = sum(c.family == comparison.family for c in design.comparisons)
-        alone = f"; alone it would be resolved (p = {p_text(found.p)}), as one of {size} comparisons it is not"
+        alone = f"; alone it would be resolved ({p_words(found.p)}), as one of {size} comparisons it is not"
     return (
         f"Unresolved: {question.format(**words)}. The difference is {signed} ({evidence}{alone}); "
         f"the smallest effect this design could have seen is {number(found.smallest, metric.decimals)}{unit}."
@@ -104,8 +104,8 @@ def _words(design: Design, comparison: Comparison) -> dict[str, str]:
 
 def _evidence(design: Design, found: Contrast) -> str:
     seeds = f"n = {found.n}" if found.n == len(design.seeds) else f"n = {found.n} of {len(design.seeds)} seeds"
-    p = f"p = {p_text(found.p)}" if found.holm_p is None else f"Holm p = {p_text(found.holm_p)}"
-    return f"{seeds}, t = {t_text(found.t)}, {p.replace('= <', '< ')}"
+    p = p_words(found.p) if found.holm_p is None else f"Holm {p_words(found.holm_p)}"
+    return f"{seeds}, t = {t_text(found.t)}, {p}"
 
 
 def _goodness(metric: Metric, mean: float, before: str) -> str:

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 from moe_jax.config_tools import config_dict
 from moe_jax.errors import ConfigError, DataError
+from moe_jax.files import write_atomic
 from moe_jax.studies.design import Cell, CellKey, Design, cell_key, differences, hint, require, require_known
 
 FILE_NAME = "ledger.jsonl"
 SCHEMA = 1
 STATUSES = ("finished", "failed")
 RunKey = tuple[CellKey, int]  # cell and seed
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class LedgerMissing(DataError):
@@ -80,7 +80,7 @@ class Ledger:
         path = Path(workdir) / FILE_NAME
         if not path.exists():
             header = {"kind": "design", "schema": SCHEMA, "digest": design.digest(), "design": design.to_json()}
-            replace_file(path, _line(header))  # not appended to an empty file: a ledger never exists without its design
+            write_atomic(path, _line(header))  # not appended to an empty file: a ledger never exists without its design
         found = cls.read(workdir).design
         if found.digest() != design.digest():
             changes = "; ".join(differences(found, design))
@@ -136,22 +136,6 @@ def _name(run: Run) -> str:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file beside its place and moves it there: at any moment the old or the new one is there, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a power cut
-    finally:
-        os.close(folder)
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -294,4 +278,4 @@ def _floats(value: Any) -> Any:
         return {name: _floats(v) for name, v in value.items()}
     if isinstance(value, list):
         return [_floats(v) for v in value]
-    return _NOT_FINITE[value] if isinstance(value, str) else value
+    return float(value) if isinstance(value, str) else value  # "nan", "inf", "-inf"

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import config_tools
+from moe_jax.files import write_atomic
 from moe_jax.studies import document, figures, tables
 from moe_jax.studies.analysis import Analysis, analyse, cell_text
 from moe_jax.studies.document import Block, Bullets, Figure, Heading, Text
 from moe_jax.studies.findings import findings, verdict
-from moe_jax.studies.ledger import Ledger, replace_file
+from moe_jax.studies.ledger import Ledger
 from moe_jax.studies.tables import console_table
 
 __all__ = ["Paths", "build", "console_table"]
@@ -28,7 +29,7 @@ SPLITS = {
         "Data split: leaky. Windows overlap and are divided at random, so the validation text is also seen in training. These "
         "perplexities measure memory as well as modelling and must not be compared with those of a clean split.",
     ),
-    "clean": ("note", "Data split: clean, by document or problem; nothing that is evaluated on is seen in training."),
+    "clean": ("note", "Data split: clean, by document or problem; nothing that is evaluated on is in the text that these runs train on."),
     None: ("warning", "Data split: the settings do not say how training and validation text were divided."),
 }
 
@@ -52,17 +53,10 @@ def build(workdir: str | os.PathLike[str]) -> Paths:
     analysis, torn = analyse(ledger.design, ledger.runs()), ledger.torn_lines()
     title = ledger.design.name + (" (PARTIAL)" if analysis.missing else "")
     blocks = _blocks(analysis, torn)
-    folder = ledger.path.parent
-    drawn = {folder / "figures" / f"{block.name}.png": block.png for block in blocks if isinstance(block, Figure)}
-    paths = Paths(folder / "report.md", folder / "report.html", folder / "report.json", tuple(drawn))
-    texts = {
-        paths.markdown: document.to_markdown(title, blocks),
-        paths.html: document.to_html(title, blocks),
-        paths.json: json.dumps(config_tools.config_dict(_as_json(analysis, torn)), indent=1) + "\n",
-    }
-    for path, data in {**drawn, **{path: text.encode() for path, text in texts.items()}}.items():
-        replace_file(path, data)
-    return paths
+    numbers = ledger.path.with_name("report.json")
+    write_atomic(numbers, json.dumps(config_tools.config_dict(_as_json(analysis, torn)), indent=1) + "\n")
+    page, markdown, *figures = document.write(ledger.path.parent, "report", title, blocks)
+    return Paths(markdown, page, numbers, tuple(figures))
 
 
 def _blocks(analysis: Analysis, torn: tuple[int, ...]) -> list[Block]:

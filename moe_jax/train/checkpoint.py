@@ -1,7 +1,7 @@
 """Checkpoints: any pytree of arrays saved by orbax, made durable, and verified byte by byte when it comes back.
 
     FOLDER/12/state/…        the leaves, by orbax (zarr in OCDBT; readable without this code)
-    FOLDER/12/manifest.json  written last: sha256 of every file, shape and dtype of every leaf, config, data fingerprint, extra
+    FOLDER/12/manifest.json  written last: sha256 of every file, shape and dtype of every leaf, config, data fingerprint
     FOLDER/.saving-12.ab…    a save that has not finished; swept by the next save
     FOLDER/12.damaged        a step that failed verification: set aside, never deleted
 
@@ -26,7 +26,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,13 @@ import numpy as np
 from moe_jax import distributed
 from moe_jax.config_tools import config_dict, differences, digest
 from moe_jax.errors import CheckpointError, ConfigError, MoeJaxWarning
-from moe_jax.train.run_folder import some, sync_folder, write_atomic
+from moe_jax.files import sync_folder, write_atomic
+from moe_jax.train.run_folder import some
 from moe_jax.train.sources import sha256_of
 
 SCHEMA = "moe_jax.checkpoint/1"
 _MANIFEST, _STATE = "manifest.json", "state"
 _SHOWN = 8  # differing leaves or fields that an error lists before it says "and N more"
-_GENERATORS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}  # of an abstract key there is only a dtype
 
 
 class _Damaged(CheckpointError):
@@ -80,8 +79,8 @@ class Checkpoints:
         """The newest step, or None in an empty folder."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
-        """Writes `state` (any pytree of arrays) and `extra` (plain JSON); when this returns, the step is on the disk.
+    def save(self, step: int, state: Any) -> None:
+        """Writes `state` (any pytree of arrays); when this returns, the step is on the disk.
 
         A step that is already here is replaced whole. Afterwards only the newest `keep` remain. What is not a global array is taken from process 0.
         Raises CheckpointError, with the earlier steps untouched, when a later step exists or the disk refuses.
@@ -89,18 +88,18 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and step < latest:
             raise CheckpointError(f"cannot save step {step} in {self.folder}: step {latest} is already there")
-        leaves, extra = _leaves(state), _plain(extra or {})
+        leaves = _leaves(state)
         saving = self.folder / distributed.share(f".saving-{step}.{secrets.token_hex(8)}")
         try:
             distributed.on_first(lambda: self._begin(saving))
             distributed.on_all(lambda: _orbax_save(saving / _STATE, leaves))
-            distributed.on_first(lambda: self._finish(saving, step, leaves, extra))
+            distributed.on_first(lambda: self._finish(saving, step, leaves))
         except Exception as error:
             raise CheckpointError(distributed.on_first(lambda: self._abandon(saving, step, leaves, error))) from error
         distributed.on_first(self._prune)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
-        """(state, extra, step): the newest good checkpoint, or exactly `step`, as a tree like `abstract_state`.
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
+        """(state, step): the newest good checkpoint, or exactly `step`, as a tree like `abstract_state`.
 
         `abstract_state` holds arrays or ShapeDtypeStructs. A leaf with a sharding comes back in it, on whatever mesh; one without,
         or of an uncommitted array, comes back uncommitted on the default device, as a fresh `init` would give it.
@@ -110,7 +109,7 @@ class Checkpoints:
         ConfigError when the config differs. Those are not damage: nothing is renamed.
         """
         found, manifest = distributed.on_first(lambda: self._choose(step))
-        return distributed.on_all(lambda: self._load(found, manifest, abstract_state)), manifest["extra"], found
+        return distributed.on_all(lambda: self._load(found, manifest, abstract_state)), found
 
     def _choose(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """The step to restore and its manifest; what is damaged is set aside."""
@@ -127,7 +126,7 @@ class Checkpoints:
         raise CheckpointError("; ".join(damaged) or f"no checkpoint in {self.folder}")
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What step `step` says of itself, after every one of its bytes was verified: config, data_fingerprint, leaves, extra.
+        """What step `step` says of itself, after every one of its bytes was verified: config, data_fingerprint, leaves.
 
         Raises CheckpointError naming the file that is damaged.
         """
@@ -146,7 +145,7 @@ class Checkpoints:
             parents=True
         )  # orbax's other processes wait for process 0 to make it: 10 minutes if it failed
 
-    def _finish(self, saving: Path, step: int, leaves: Mapping[str, Any], extra: Any) -> None:
+    def _finish(self, saving: Path, step: int, leaves: Mapping[str, Any]) -> None:
         _orbax_finish(saving / _STATE)
         body = {
             "schema": SCHEMA,
@@ -155,7 +154,6 @@ class Checkpoints:
             "config_digest": digest(self._config),
             "data_fingerprint": self._data_fingerprint,
             "leaves": {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves.items()},
-            "extra": extra,
             "files": _flush_and_hash(saving),  # for other machines' shards tensorstore has done the flushing
         }
         write_atomic(saving / _MANIFEST, json.dumps({"sha256": _body_hash(body), "body": body}) + "\n")
@@ -232,7 +230,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = jax.tree_util.keystr(keys, simple=True, separator="/") or "value"
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise CheckpointError(f"state leaf {path} is {type(leaf).__name__}, not an array: a checkpoint holds arrays")
         if path in leaves:
             raise CheckpointError(f"two leaves of the state are called {path}: a '/' inside a name is ambiguous")
@@ -252,10 +250,6 @@ def _misfits(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         elif dtype != str(leaf.dtype):
             lines.append(f"{path} has dtype {dtype} saved and {leaf.dtype} in the state")
     return lines
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _sharding(leaf: Any) -> Any:
@@ -282,8 +276,7 @@ def _orbax_save(path: Path, leaves: Mapping[str, Any]) -> None:
 
 
 def _savable(leaf: Any) -> Any:
-    """The array as orbax takes it: a key as its bits, and an array that each of several processes has for itself as numpy's, from process 0."""
-    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    """The array as orbax takes it: one that each of several processes has for itself as numpy's, from process 0."""
     return np.asarray(leaf) if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True) else leaf
 
 
@@ -300,7 +293,7 @@ def _orbax_restore(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     def how(leaf: Any) -> Any:
         sharding = _sharding(leaf)
-        if sharding is None or _is_key(leaf):
+        if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
 
@@ -316,11 +309,10 @@ def _placed(value: Any, leaf: Any) -> Any:
         value = np.zeros(leaf.shape, leaf.dtype)
     if isinstance(leaf, np.ndarray | np.generic) or isinstance(value, jax.Array):
         return value
-    make = partial(jax.random.wrap_key_data, impl=_GENERATORS[str(leaf.dtype)]) if _is_key(leaf) else jnp.array
     sharding = _sharding(leaf)
     if sharding is not None and not sharding.is_fully_addressable:
-        return jax.jit(make, out_shardings=sharding)(value)  # each process makes its part of what all have read
-    value = make(jnp.array(value))
+        return jax.jit(jnp.array, out_shardings=sharding)(value)  # each process makes its part of what all have read
+    value = jnp.array(value)
     return value if sharding is None else jax.device_put(value, sharding)
 
 
@@ -362,14 +354,6 @@ def _verified_manifest(folder: Path, step: int) -> dict[str, Any]:
         if found != saved:
             raise _Damaged(f"{name} does not have the sha256 it was saved with")
     return body
-
-
-def _plain(extra: Mapping[str, Any]) -> Any:
-    # As it will be read back, so that the hash of what is read equals the hash of what was written.
-    try:
-        return json.loads(json.dumps(dict(extra)))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the extra of a checkpoint must be plain JSON: {error}") from error
 
 
 def _body_hash(body: Any) -> str:

@@ -161,15 +161,19 @@ class Data:
     tokens: Int32[np.ndarray, "N"]  # training stream, then validation stream
     train_starts: Int64[np.ndarray, "Wt"]
     validation_starts: Int64[np.ndarray, "Wv"]  # in the order in which an evaluation reads them
-    process_index: int
-    process_count: int
     windows: Any  # grain.MapDataset of training-window ids, A·B at a time
+    process_index: int = 0
+    process_count: int = 1
 
     def of_process(self, index: int, count: int) -> "Data":
         """The same batches, of which only part `index` of `count` is cut."""
-        data = replace(self, process_index=index, process_count=count)
-        data._rows(self.config.batch_size)
-        return data
+        return replace(self, process_index=index, process_count=count)
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Raises ConfigError when the tokenizer makes ids that a model with `rows` embeddings has none for."""
+        ids = self.corpus.tokenizer.vocab_size
+        if ids > rows:
+            raise ConfigError(f"the tokenizer {self.config.tokenizer} has {ids} ids, the model's vocab_size is {rows}")
 
     def order(self, step: int) -> Int64[np.ndarray, "A B"]:
         """The training-window ids of a step, over all processes; id i starts at train_starts[i]."""
@@ -208,7 +212,8 @@ class Data:
     def _rows(self, size: int) -> slice:
         """This process's rows. They are contiguous, as devices hold the shards of a global array, so no row changes its number."""
         if size % self.process_count:
-            raise ConfigError(f"batch_size {size} does not divide among {self.process_count} processes")
+            hint = "change batch_size, or eval_batch if that is it"
+            raise ConfigError(f"a batch of {size} sequences does not divide among {self.process_count} processes; {hint}")
         share = size // self.process_count
         return slice(self.process_index * share, (self.process_index + 1) * share)
 
@@ -249,21 +254,16 @@ class Data:
         }
 
 
-def build(
-    config: DataConfig, seed: int, *, corpus: Corpus | None = None, cache: Cache = None, process_index: int = 0, process_count: int = 1
-) -> Data:
+def build(config: DataConfig, seed: int, *, corpus: Corpus | None = None, cache: Cache = None) -> Data:
     """The data of one run. `seed` is the data seed: the order of training, and in a leaky split the split itself.
 
     A `corpus`, loaded once, serves any number of seeds, window lengths and batch sizes.
-    Raises ConfigError (corpus of another config, batch that does not divide among the processes), DataError (missing or damaged
-    source, text too short).
+    Raises ConfigError (corpus of another config), DataError (missing or damaged source, text too short).
     """
     import grain  # heavy, and only this function and the prefetching need it
 
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
         raise ConfigError(f"the data seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index must be from 0 to {process_count - 1}, got {process_index}")
     corpus = load_corpus(config, cache) if corpus is None else corpus
     other = [name for name in _CORPUS_FIELDS if getattr(corpus.config, name) != getattr(config, name)]
     if other:
@@ -273,9 +273,7 @@ def build(
     per_step = config.accumulation * config.batch_size
     windows = grain.MapDataset.source(range(len(train_starts))).seed(seed).shuffle().repeat().batch(per_step)
     tokens = np.concatenate([corpus.train, corpus.validation])
-    data = Data(config, seed, corpus, tokens, train_starts, validation_starts, process_index, process_count, windows)
-    data._rows(config.batch_size)
-    return data
+    return Data(config, seed, corpus, tokens, train_starts, validation_starts, windows)
 
 
 def clean_windows(corpus: Corpus, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:

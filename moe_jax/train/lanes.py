@@ -1,7 +1,7 @@
 """Lanes: runs of one structure side by side, each in a thread and on a device of its own, through one compiled program and with the numbers it has alone.
 
 The program is compiled once, for the device of the lane that needs it first, and its machine code is loaded on the other devices: every lane runs the very
-instructions that a run by itself does, so the numbers are equal to the last bit. (One program over all devices, by shard_map over the lanes axis, is compiled
+instructions that a run by itself does, so the numbers are equal to the last bit. (One program over all devices, by shard_map over an axis of lanes, is compiled
 by other passes: on XLA:CPU its first updates are off by a last bit in places, and it makes every lane wait for the slowest.) No lane waits for another one.
 """
 

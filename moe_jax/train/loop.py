@@ -23,7 +23,7 @@ from moe_jax.distributed import on_all
 from moe_jax.errors import ConfigError, NonFinite, Stopped
 from moe_jax.trace_store import TraceWriter
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.data import Data
+from moe_jax.train.data import Data, DataConfig
 from moe_jax.train.program import Program, off
 from moe_jax.train.record import Routes, own_rows, trace_info
 from moe_jax.train.run_config import RunConfig
@@ -45,13 +45,6 @@ class Result:
     seconds: float  # of this process, training and evaluation, compilation included
 
 
-def check_vocabulary(config: RunConfig, data: Data) -> None:
-    """Raises ConfigError when the tokenizer makes ids that the model has no embedding for."""
-    ids, rows = data.corpus.tokenizer.vocab_size, config.model.vocab_size
-    if ids > rows:
-        raise ConfigError(f"the tokenizer {config.data.tokenizer} has {ids} ids, the model's vocab_size is {rows}")
-
-
 def run(
     config: RunConfig,
     program: Program,
@@ -68,16 +61,18 @@ def run(
     The same config, killed anywhere and run again, ends in the same bits. Raises NonFinite before an update that a loss or gradient would
     spoil, and Stopped, after a checkpoint, when `stop()` turns true.
     """
-    check_vocabulary(config, data)
+    data.check_vocabulary(config.model.vocab_size)
     for sequences in (config.data.batch_size, config.eval_batch):
         program.part(sequences)  # refuses what does not divide over the mesh before anything is compiled
+    if config.compare:
+        _compared(config)  # and so what only an evaluation reads
     began = time.monotonic()
     checkpoints = None if folder is None or not config.checkpoint_every else Checkpoints(folder / "checkpoints", config, data.fingerprint)
     state, start = program.init(jnp.uint32(config.init_seed)), 0
     if checkpoints is not None and checkpoints.latest() is not None:
-        state, _, start = checkpoints.restore(state)
+        state, start = checkpoints.restore(state)
     elif config.start:
-        state = dataclasses.replace(state, params=start_parameters(config.start, program))
+        state = dataclasses.replace(state, params=start_parameters(config.start, program, config.data))
     metrics = nullcontext() if folder is None else on_all(lambda: MetricsWriter(folder))
     with metrics as writer, on_all(lambda: _routes_writer(config, data)) as routes:
         recorder = Recorder(writer, start, config.log_every, routes)
@@ -87,9 +82,11 @@ def run(
     return Result(_headline(recorder.rows), recorder.series(), recorder.load, time.monotonic() - began)
 
 
-def start_parameters(start: str, program: Program) -> dict[str, Any]:
-    """The parameters in the folder `start`, of the program's model, where it has them."""
+def start_parameters(start: str, program: Program, text: DataConfig | None = None) -> dict[str, Any]:
+    """The parameters in the folder `start`, of the program's model, where it has them. text: what they are trained on further."""
     saved = load_model(start)
+    if text is not None:
+        saved.check_words(text)
     if changed := differences(saved.config.what(), program.model.config.what()):
         raise ConfigError(f"the model in {start} is another one than this run's: {some(changed, 8)}")
     return program.put(saved.load(program.model, Transfer("read")))
@@ -134,8 +131,7 @@ def _train(config, program, data, state, start, checkpoints, recorder, progress,
                     on_all(writer.flush)  # no checkpoint is ahead of its metrics and routes
                 checkpoints.save(done, state)
             if halt and done < config.updates:
-                where = f"saved; the same command goes on from update {done}" if saving else "not saved: checkpoint_every is 0"
-                raise Stopped(f"stopped at update {done} of {config.updates}, {where}")
+                raise stopped(done, config.updates, saving)
         drain(pending)
     return state
 
@@ -187,18 +183,29 @@ def _drain(recorder: "Recorder", progress: Progress | None, names: list[str], to
     done, metrics, flags, text = pending
     trace = metrics.pop("trace", None)
     host, bad = jax.device_get((metrics, flags))
-    if bad.any():
-        where = [name for name, flag in zip(names, bad, strict=True) if flag]
-        raise NonFinite(
-            f"update {done} was refused: not finite in the gradient of {some(where, 4, ', ')}; the parameters of update {done - 1} are intact "
-            "(lower the learning rate or the noise, or look at the batch)"
-        )
+    check_finite(done, names, bad)
     if recorder.routes is not None:
         recorder.routes.write(done - 1, *own_rows(trace, text.reshape(-1, text.shape[-1])))
     row = {name: ratio(value) for name, value in host.items() if name != "router/load" and value[1]}  # a count of 0: nothing to say
     recorder.add(done, {f"train/{name}" if "/" not in name else name: value for name, value in row.items()})
     if progress is not None:
         progress.update(done, {name: row[name] for name in ("loss", "router/load_cv", "router/flips") if name in row}, tokens)
+
+
+def check_finite(update: int, names: list[str], bad: np.ndarray) -> None:
+    """Raises NonFinite when a flag of the update's step is set; names: of what the flags are."""
+    if bad.any():
+        where = [name for name, flag in zip(names, bad, strict=True) if flag]
+        raise NonFinite(
+            f"update {update} was refused: not finite in the gradient of {some(where, 4, ', ')}; the parameters of update {update - 1} are intact "
+            "(lower the learning rate or the noise, or look at the batch)"
+        )
+
+
+def stopped(done: int, updates: int, saved: bool) -> Stopped:
+    """The error that ends a run after `done` of its updates."""
+    where = f"saved; the same command goes on from update {done}" if saved else "not saved: checkpoint_every is 0"
+    return Stopped(f"stopped at update {done} of {updates}, {where}")
 
 
 def ratio(pair) -> float:
@@ -234,10 +241,14 @@ def _evaluate(config: RunConfig, program: Program, data: Data, state: TrainState
         }
         recorder.load = (load / load.sum(-1, keepdims=True)).tolist()
     if config.compare:
-        routes = Routes(config.compare, config.model, config.eval_batch, config.data.seq_len)
+        routes = _compared(config)
         along = [{**batch, "replay": routes.of(index, batch["tokens"])} for index, batch in enumerate(batches)]
         row["eval/reference_overlap"] = ratio(evaluate(along, off(knobs))["replay/set_overlap"])
     recorder.add(done, row, always=True)
+
+
+def _compared(config: RunConfig) -> Routes:
+    return Routes(config.compare, config.model, config.eval_batch, config.data.seq_len)
 
 
 def perplexity(loss: float) -> float:
@@ -256,7 +267,7 @@ def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     if "loss_noisy" in last:
         metrics["val_perplexity_noisy"] = perplexity(last["loss_noisy"])
     tail = losses[-max(1, len(losses) // 10) :]
-    return metrics | {"train_loss_end": sum(tail) / len(tail)}
+    return metrics | ({"train_loss_end": sum(tail) / len(tail)} if tail else {})  # none when metrics.jsonl of a finished run is gone
 
 
 class Recorder:

@@ -52,10 +52,11 @@ def record(
     A forward pass without dropout on the tokens that training (phase "train") or evaluation ("eval") reads, noise with the draws that they make.
     A recording that was cut off is made again from its beginning; steps that are there with the same bits are left as they are. Of several
     processes each writes its rows.
-    Raises ConfigError (no router, unknown split), TraceError (another trace in the folder, or a disk that refuses).
+    Raises ConfigError (no router, unknown split, more ids than embeddings), TraceError (another trace in the folder, or a disk that refuses).
     """
     if split not in ("train", "validation") or not model.config.moe_layers:
         raise ConfigError(f"routes are recorded over train or validation, of a model that has a router; got split {split!r}")
+    data.check_vocabulary(model.config.vocab_size)
     training = split == "train"
     rows = data.config.accumulation * data.config.batch_size if training else eval_batch or data.config.batch_size
     batches = map(data.batch, range(steps)) if training else itertools.islice(data.validation_batches(rows), steps)

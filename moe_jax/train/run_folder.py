@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import shlex
 import socket
 import subprocess
@@ -30,37 +29,13 @@ from typing import Any, Self
 from moe_jax import distributed
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import ConfigError
+from moe_jax.files import write_atomic
 
 SCHEMA = "moe_jax.run_folder/1"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "scipy")
 HEARTBEAT_SECONDS = 15.0  # a holder touches its lock this often,
 SILENCE_SECONDS = 60.0  # and a lock of another machine that was not touched for this long belongs to a dead process
 _SHOWN_DIFFERENCES = 20
-
-
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a file by `text`; a reader, or a crash at any moment, finds the old or the new content and nothing between."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # pids repeat among the machines that share a file system
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Makes the names in a folder durable: a rename survives a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def some(items: Sequence[str], shown: int, separator: str = "; ") -> str:

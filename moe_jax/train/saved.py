@@ -27,6 +27,8 @@ from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import DataConfig
 from moe_jax.train.run_config import RunConfig
 
+# Fields that say which documents a tokenizer is trained on.
+_DOCUMENTS = "source split document_order validation_share max_documents max_characters".split()
 FETCHED = {"smollm2_135m": "smollm2"}  # weights that launch.data --fetch= brings, and their tokenizer
 
 
@@ -46,10 +48,27 @@ class Saved:
         """On the default device."""
         return self.load(Model(self.config), None)
 
-    def text(self, source: str, seq_len: int) -> DataConfig:
-        """A text with this model's tokenizer, in windows of at most `seq_len` tokens."""
-        fitting = DataConfig.fitting(source, self.config.vocab_size, min(seq_len, self.config.max_seq_len))
-        return fitting if self.tokenizer is None else fitting.replace(tokenizer=self.tokenizer)
+    def text(self, source: str | None, seq_len: int | None = None) -> DataConfig:
+        """The text `source` in the words of this model. None: that of its run, in the run's windows, or wiki in windows of at most 128 tokens.
+
+        Raises ConfigError as `check_words` does.
+        """
+        if self.run is None:
+            fitting = DataConfig.fitting(source or "wiki", self.config.vocab_size, min(seq_len or 128, self.config.max_seq_len))
+            return fitting if self.tokenizer is None else fitting.replace(tokenizer=self.tokenizer)
+        own = self.run.data
+        return self.check_words(own.replace(source=source or own.source, seq_len=seq_len or own.seq_len))
+
+    def check_words(self, text: DataConfig) -> DataConfig:
+        """The text; raises ConfigError when the run's tokenizer, trained on its documents, would be trained on others: ids would mean other words."""
+        own = text if self.run is None else self.run.data
+        changed = [name for name in _DOCUMENTS if getattr(text, name) != getattr(own, name)]
+        if changed and text.tokenizer == own.tokenizer and own.tokenizer.startswith("bpe:"):
+            before, now = (", ".join(f"{name}={getattr(data, name)}" for name in changed) for data in (own, text))
+            raise ConfigError(
+                f"the tokenizer {own.tokenizer} of this run was trained on {before}, and on {now} its ids would mean other words; leave that as it was"
+            )
+        return text
 
 
 def load_model(source: str | os.PathLike[str], step: int | None = None) -> Saved:
@@ -114,12 +133,13 @@ def _of_run(source: Path, step: int | None) -> Saved:
     def load(model: Model, progress: Progress | None) -> dict[str, Any]:
         del progress  # the reader of checkpoints has none
         host = {path: np.broadcast_to(np.zeros((), jnp.dtype(kind)), shape) for path, (shape, kind) in manifest["leaves"].items()}
-        leaves, *_ = Checkpoints(folder, manifest["config"], manifest["data_fingerprint"]).restore(host, found)
+        leaves, _ = Checkpoints(folder, manifest["config"], manifest["data_fingerprint"]).restore(host, found)
         flat = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
         types = {path: spec.dtype for path, spec in paths.flatten(model.specs).items()}
         return model.place(paths.unflatten({path: np.asarray(leaf).astype(types[path]) for path, leaf in flat.items()}))
 
-    return Saved(config, f"{source.resolve().name}, trained for {found:,} updates", load, run, found)
+    tokenizer = manifest["config"].get("tokenizer") or None  # of reinforcement learning
+    return Saved(config, f"{source.resolve().name}, trained for {found:,} updates", load, run, found, tokenizer)
 
 
 def rebuild(kind: Any, value: Any, where: str) -> Any:

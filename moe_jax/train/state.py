@@ -1,7 +1,6 @@
 """What training carries from one update to the next, and the values that a study varies without compiling again."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.noise import Noise
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a checkpoint must hold; the data's position is the step."""
@@ -20,7 +19,7 @@ class TrainState:
     opt_state: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("noise", "noise_seed", "balance_weight", "z_weight"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
     """The values that differ between cells of one program. All are arrays; only the noise's structure is static."""

@@ -146,7 +146,7 @@ def _accumulate(gradient: Callable, batch, count: int):
 
 def _move_bias(model: Model, params, load: jax.Array | None, objective: Objective):
     """The selection biases moved towards balance: up where an expert gets less than the mean load, down where it gets more."""
-    if load is None or not objective.bias_rate or "freeze_bias" in objective.freeze:
+    if load is None or not objective.bias_rate or {"freeze_params", "freeze_bias"} & set(objective.freeze):
         return params
     flat = paths.flatten(params)
     for path, layers in model.layers_of("selection_bias").items():

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_jax.errors import ConfigError, DataError, nearest
+from moe_jax.files import write_atomic
 from moe_jax.hf import gguf
 from moe_jax.train.chat import Chat
-from moe_jax.train.run_folder import write_atomic
 from moe_jax.train.sources import Cache, cache_root, find, locate, sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -90,7 +90,8 @@ def _bytes() -> Tokenizer:
 
     def decode(ids: Sequence[int] | np.ndarray) -> str:
         pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()]
-        return b"".join(pieces[i] for i in np.asarray(ids).tolist()).decode(errors="replace")
+        # a model may have more ids than there are pieces
+        return b"".join(pieces[i] for i in np.asarray(ids).tolist() if i < len(pieces)).decode(errors="replace")
 
     return Tokenizer("bytes", 257, 256, hashlib.sha256(b"moe_jax bytes 1").hexdigest(), encode_many, decode)
 

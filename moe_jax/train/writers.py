@@ -10,26 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from moe_jax import distributed
-from moe_jax.errors import ConfigError, MoeJaxError
+from moe_jax.errors import MoeJaxError
 from moe_jax.train.run_folder import Closing
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class MetricsWriter(Closing):
-    """Appends one JSON line per step to FOLDER/metrics.jsonl, and the same numbers to FOLDER/tensorboard.
+    """Appends one JSON line per step to FOLDER/metrics.jsonl, and the same numbers to FOLDER/tensorboard when tensorboardX is installed.
 
     Every line is one write to a file opened for appending, so a killed run leaves whole lines and at most one torn last one, which
     the next opening drops. Numbers come back bit for bit; nan and inf are the text "nan", "inf", "-inf", as strict JSON has no others.
-    `tensorboard` is "auto" (when tensorboardX is installed), True (ConfigError when it is not) or False.
 
     In other processes than 0 its calls do nothing. Raises MoeJaxError when the disk refuses a line; the lines before it stay whole.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], tensorboard: bool | Literal["auto"] = "auto"):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
         self._file: Any = None
@@ -38,23 +37,22 @@ class MetricsWriter(Closing):
         if not distributed.first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._summary_writer = _summary_writer_class(tensorboard)
+        self._summary_writer = _summary_writer_class()
         self._file = open(self.path, "ab", buffering=0)
         self._file.truncate(sum(map(len, _whole_lines(self.path))))
 
-    def truncate_to(self, step: int) -> int:
-        """Drops every row after `step`, which a run that resumes from a checkpoint of `step` will write again; returns how many.
+    def truncate_to(self, step: int) -> None:
+        """Drops every row after `step`, which a run that resumes from a checkpoint of `step` will write again.
 
         TensorBoard is told to forget the same steps. Raises MoeJaxError when a row that stays is not JSON.
         """
         if self._file is None:
-            return 0
+            return
         lines = _whole_lines(self.path)
         late = (index for index, line in enumerate(lines) if _parse(line, self.path, index + 1)["step"] > step)
         kept = next(late, len(lines))
         self._file.truncate(sum(map(len, lines[:kept])))
         self._first_step = step + 1
-        return len(lines) - kept
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row {"step": step, **metrics}. Values are numbers, 0-d arrays or text; ints stay ints."""
@@ -126,15 +124,11 @@ def _plain(value: Any) -> int | float | str:
     return item if isinstance(item, int) else float(item)
 
 
-def _summary_writer_class(tensorboard: bool | Literal["auto"]) -> Any:
-    if not tensorboard:
-        return None
+def _summary_writer_class() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        if tensorboard == "auto":
-            return None
-        raise ConfigError("TensorBoard files need tensorboardX: pip install 'moe-jax[track]', or leave tensorboard at auto") from None
+        return None
     return SummaryWriter
 
 

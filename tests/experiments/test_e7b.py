@@ -39,7 +39,7 @@ def test_presets_are_whole(preset):
     names = {comparison.name for comparison in design.comparisons}
     assert {claim.contrast for claim in CLAIMS if "dense" not in claim.contrast} <= names
     text = preview(experiment)
-    assert design.rule in text and "cost" in text
+    assert design.rule in text and "cost" in text and ("repeated questions left out" in text or "problems not counted" in text)
     assert PolicyRun.of(configs[0]).data.seq_len == configs[0].length
 
 
@@ -127,7 +127,7 @@ def test_pages_of_a_part_of_the_study(tmp_path):
                 "reward/mean": [[1, 0.4], [39, 0.6]],
             }
             ledger.append(Run({"model": "moe", "arm": arm}, seed, "finished", metrics, series, {}, 1.0, {}))
-    markdown, page = e7b_verdicts.write(tmp_path)
+    page, markdown = e7b_verdicts.write(tmp_path)
     text = markdown.read_text()
     assert "PARTIAL" in text and page.stat().st_size > 5000
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| 004-")}

@@ -19,7 +19,7 @@ from moe_jax.mesh import MeshSpec
 from moe_jax.model import ModelConfig
 from moe_jax.noise import NoiseSpec
 from moe_jax.noise.sites import GROUPS
-from moe_jax.studies import Ledger, Run, cell_key, report
+from moe_jax.studies import Ledger, cell_key, paired, report
 from moe_jax.studies.run import Workshop, run_study
 from moe_jax.trace_store import TraceReader
 from moe_jax.train.saved import load_model
@@ -183,14 +183,9 @@ def test_half_of_the_damage_is_a_contrast_of_three_arms(study, name, arms):
 # --- the rule about experts changed -------------------------------------------------------------------------------------------
 
 
-def measured(*values):
-    return [Run({}, seed, metrics={"changed": value}) for seed, value in enumerate(values)]
-
-
 def test_the_claim_is_decided_by_the_interval():
-    clean = measured(0.0, 0.0, 0.0)
     for values, word in (((7.0, 7.1, 7.2), "Refuted"), ((60.0, 60.5, 61.0), "Confirmed"), ((30.0, 50.0, 70.0), "Unresolved")):
-        assert qwen3_30b_routers.decision(measured(*values), clean, 50.0).startswith(word)
+        assert qwen3_30b_routers.decision(paired(values, (0.0, 0.0, 0.0)), 50.0).startswith(word)
 
 
 def test_moving_all_logits_matters_to_relative_noise_and_not_to_centred():

@@ -1,5 +1,6 @@
 """`launch.record` and `--replay`: a route recorded by one command is taken by another, or refused in one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def test_recorded_routes_are_replayed_and_other_text_is_refused(tmp_path):
     train = ("--preset=tiny", "--steps=3", "--noise=router_gemm=relative:0.5", f"--replay={routes}", *SMALL)
     held = command("train", *train, f"--workdir={tmp_path / 'held'}")
     assert held.returncode == 0, held.stderr
+    assert json.loads((tmp_path / "held" / "versions.json").read_text())["device"].endswith(" (cpu)")
     rows = (tmp_path / "held" / "metrics.jsonl").read_text()
     assert '"replay/live_rows": 0.0' in rows and '"router/flips"' in rows and '"router/flips_predicted"' in rows
 
@@ -32,6 +34,26 @@ def test_recorded_routes_are_replayed_and_other_text_is_refused(tmp_path):
     assert other.returncode == 4 and "Traceback" not in other.stderr and other.stderr.strip().splitlines()[-1].startswith("error: "), (
         other.stderr
     )
+
+
+def test_a_run_that_begins_with_another_reads_its_text(tmp_path):
+    """The text, its batches and its words are those of the first run; flags and --set change them, but not what the words mean."""
+    words = ("--set", "model.vocab_size=300", "--set", "data.tokenizer=bpe:300", "--set", "data.split=leaky", "--set", "data.seq_len=16")
+    small = ("--set", "model.d_model=16", "--set", "model.d_expert=16", "--steps=1")
+    first = command("train", "--preset=tiny", *small, *SMALL, *words, f"--workdir={tmp_path / 'first'}")
+    assert first.returncode == 0, first.stderr
+
+    def shown(*flags):
+        done = command("train", f"--start={tmp_path / 'first'}", "--dry_run", *flags)
+        assert done.returncode == 0, done.stderr
+        return json.JSONDecoder().raw_decode(done.stdout)[0]["data"]
+
+    own = json.loads((tmp_path / "first" / "config.json").read_text())["data"]
+    assert shown() == shown("--data=synthetic") == own and own["batch_size"] == 2 and own["split"] == "leaky"
+    assert shown("--set", "data.batch_size=4", "--set", "data.seq_len=8") == own | {"batch_size": 4, "seq_len": 8}
+    for module, flag in (("train", f"--start={tmp_path / 'first'}"), ("record", f"--model={tmp_path / 'first'}")):
+        refused = command(module, flag, "--data=wiki", "--dry_run")
+        assert refused.returncode == 2 and "on source=wiki its ids would mean other words" in refused.stderr, refused.stderr
 
 
 def test_frozen_gate_stands_in_the_optimizer_table_and_unknown_flags_are_refused(tmp_path):

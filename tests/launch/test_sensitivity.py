@@ -15,7 +15,7 @@ from launch import sensitivity_logits as from_logits
 from launch.sensitivity_logits import SCALES, SHIFTS, Logits, example, own_sigma, relative_noise
 from launch.sensitivity_report import build, sentences
 from launch.sensitivity_run import Config, make_config
-from launch.sensitivity_tables import About, damages, named_arms
+from launch.sensitivity_tables import About, arms_table, damages, named_arms
 from moe_jax import routing
 from moe_jax.errors import ConfigError
 from moe_jax.model import Model, ModelConfig
@@ -146,7 +146,8 @@ def made(loss: dict[tuple[str, tuple[str, ...]], list[float]]) -> Sensitivity:
     values = {metric: np.array([[[x] for x in loss[arm]] for arm in arms]) + (2.0 if metric == "loss" else 0.0) for metric in CLEAN}
     ones = {f"router/{name}": np.ones((4, 1)) for name in ("set_overlap", "tokens_changed", "logit_offset")}
     routers = {of: ones | {"first": np.array([[1.0, 3.0]] * 4)} for of in ("clean", "all")}
-    return Sensitivity({"experts": ("expert_up",)}, (0,), (0, 1, 2, 3), (4,), 0.0, arms, values, np.array([2.0]), routers)
+    factors = {name: (f"{name}_site",) for name in dict.fromkeys(name for _, noisy in arms for name in noisy)}
+    return Sensitivity(factors, (0,), tuple(range(len(next(iter(loss.values()))))), (4,), 0.0, arms, values, np.array([2.0]), routers)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def made(loss: dict[tuple[str, tuple[str, ...]], list[float]]) -> Sensitivity:
         ([0.1, -0.12, 0.11, -0.09], [0.0, 0.0, 0.0, 0.0], ("Unresolved: whether noise in the experts changes the loss", "Undefined: which part")),
         ([-0.1, -0.12, -0.11, -0.09], [0.0, 0.0, 0.0, 0.0], ("lowers the loss", "Undefined: which part of the damage in loss")),
         ([0.0] * 4, [0.0] * 4, ("changes nothing", "Undefined: which part")),
+        ([0.1] * 4, [0.02] * 4, ("changes the loss by +0.10000 nats per token in each of 4 seeds: it draws nothing",)),
     ],
 )  # fmt: skip
 def test_a_claim_is_made_only_when_it_is_resolved(live, replayed, said):
@@ -165,6 +167,25 @@ def test_a_claim_is_made_only_when_it_is_resolved(live, replayed, said):
     logits = Logits(CONFIG.resolve(NoiseSpec.parse("experts=relative:0.1")), (0,), 2)
     text = " ".join(sentences(result, ABOUT, logits))
     assert all(part in text for part in said), text
+
+
+def test_copies_are_no_evidence():
+    """A factor that draws nothing, beside one that draws: its seeds are copies, so that the table gives no p and no verdict."""
+    both, experts = ("router", "experts"), ("experts",)
+    result = made({("live", both): [0.3, 0.5, 0.1], ("live", experts): [0.1] * 3, ("live", ("router",)): [0.2, 0.3, 0.1]})
+    rows = {row[0]: row[-2:] for row in arms_table(result, [("all", "live", both), ("experts", "live", experts)]).rows}
+    assert rows["experts"] == ("-", "-") and rows["all"][0] != "-"
+
+
+def test_what_bare_logits_say_is_left_out_with_a_selection_bias(found, tmp_path):
+    """The routes are then those of sigmoid(logits) + bias."""
+    result, logits = found
+    biased = Logits(logits.noise, logits.layers, logits.k, selection_bias=True)
+    biased._redone = logits._redone
+    said = {name: " ".join(sentences(result, ABOUT, which)) for name, which in (("plain", logits), ("biased", biased))}
+    assert "changes no route" in said["plain"] and "changes no route" not in said["biased"]
+    build(result, ABOUT, biased, tmp_path)
+    assert "Appendix: what" not in (tmp_path / "report.md").read_text()
 
 
 def test_the_tested_family_is_corrected(found):
@@ -191,6 +212,9 @@ def test_a_preset_gets_a_text_that_fits_and_a_bad_config_is_refused():
     given = {"noise": "relative:0.1", "seeds": 2, "windows": 4, "batch": None, "phase": "eval", "replay": None}
     config = make_config(load_model("tiny"), "tiny", "synthetic", None, given)
     assert (config.data.tokenizer, config.data.seq_len, config.batch) == ("bytes", 64, 8)
+    assert make_config(load_model("quick"), "quick", None, None, given).data.seq_len == load_model("quick").config.max_seq_len
+    with pytest.raises(ConfigError, match="--seq_len=65 is longer than the 64 positions of tiny"):
+        make_config(load_model("tiny"), "tiny", "synthetic", 65, given)
     with pytest.raises(ConfigError, match="seeds must be at least 2"):
         Config("tiny", "relative:0.1", config.data, seeds=1)
 

@@ -1,5 +1,6 @@
 """The command: killed anywhere it ends in the same numbers; a second launch is refused; bad input is one line."""
 
+import json
 import os
 import random
 import signal
@@ -45,6 +46,19 @@ def test_it_prints_what_it_found(unbroken):
     assert again.returncode == 0 and "nothing to do" in again.stdout
     report = finish("launch.report", f"--workdir={workdir}")
     assert report.returncode == 0 and "Contrasts, paired by seed" in report.stdout
+
+
+def test_a_run_that_was_refused_is_named_when_nothing_else_is_left(unbroken, tmp_path):
+    """The ledger of a whole study but for one run, which met a value that was not finite: the same command would meet it again."""
+    lines = (unbroken[0] / "ledger.jsonl").read_text().splitlines()
+    row = json.loads(lines[-1])
+    lines[-1] = json.dumps(
+        row | {"status": "failed", "error": "NonFinite: update 1 was refused", "metrics": {}, "series": {}, "arrays": {}}
+    )
+    (tmp_path / "ledger.jsonl").write_text("\n".join(lines) + "\n")
+    done = finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 1
+    assert "nothing to do, 1 runs met a value that is not finite; --retry_failed runs them again" in done.stdout, done.stdout + done.stderr
 
 
 def kill_and_finish(workdir, after: float, lanes: int) -> tuple[int, str]:

@@ -346,7 +346,7 @@ def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
     "processes, flags, words",
     [
         (3, ["--mesh=expert=3", "--set", "data.batch_size=18"], "does not divide"),
-        (3, [], "a batch of 16 sequences does not divide over the mesh axes data=3; change batch_size or the mesh"),
+        (3, [], "a batch of 16 sequences does not divide over the mesh axes data=3; change batch_size, or eval_batch"),
         (2, ["--num_processes=3"], "--num_processes=3, but launch.local announces 2 processes"),
         (2, ["--mesh=data=2,experts=2"], "unknown mesh axis 'experts' (did you mean 'expert'?)"),
     ],

@@ -17,9 +17,9 @@ from moe_jax.platforms import tracing_for
 orthogonalise = jax.jit(muon.orthogonalise, static_argnames=("form", "dtype", "batch"))
 
 
-def reference(x, steps=5, coefficients=muon.COEFFICIENTS, eps=1e-7):
+def reference(x, steps=5, eps=1e-7):
     """The quintic of one matrix in float64, as it is written: no transposes, no Gram form."""
-    a, b, c = coefficients
+    a, b, c = muon.COEFFICIENTS
     x = np.asarray(x, np.float64)
     x = x / (np.linalg.norm(x) + eps)
     for _ in range(steps):
@@ -186,15 +186,15 @@ def run(transform, gradients, params=None):
     return updates
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("consistent_rms", [None, 0.2])
-def test_equals_optax_when_the_settings_match(nesterov, consistent_rms):
-    gradients = stack_gradients()
+def test_the_first_update_equals_optaxs(consistent_rms):
+    """Optax corrects the bias of the mean. Of one gradient that changes the size alone, which an orthogonal matrix does not have."""
+    gradients = stack_gradients(1)
     numbers = jax.tree.map(lambda _: muon.MATRIX, gradients[0])
-    theirs = optax.contrib.muon(-1.0, nesterov=nesterov, eps=1e-8, muon_weight_dimension_numbers=numbers, consistent_rms=consistent_rms)
-    ours = muon.scale_by_muon(nesterov=nesterov, bias_correction=True, consistent_rms=consistent_rms, eps=1e-8, form="standard")
-    for got, want in zip(run(ours, gradients), run(theirs, gradients, gradients[0]), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
+    theirs = optax.contrib.muon(-1.0, eps=1e-8, muon_weight_dimension_numbers=numbers, consistent_rms=consistent_rms)
+    ours = muon.scale_by_muon(consistent_rms=consistent_rms, eps=1e-8, form="standard")
+    ((got,), (want,)) = run(ours, gradients), run(theirs, gradients, gradients[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
 
 
 def test_without_bias_correction_the_seeds_mix():
@@ -211,12 +211,10 @@ def test_scale_is_root_of_out_over_in_when_wider():
 
 
 def test_dimension_numbers_name_any_axes():
-    x = jnp.asarray(normal(0, 2, 6, 4, 5))  # stack 2, input axes 4 x 5, output axis 6
-    got = run(muon.scale_by_muon(dimension_numbers=MuonDimensionNumbers((2, 3), 1)), [{"w": x}])[0]["w"]
-    plain = run(muon.scale_by_muon(), [{"w": x.reshape(2, 6, 20).mT}])[0]["w"]
-    np.testing.assert_allclose(got, plain.mT.reshape(x.shape), atol=1e-5)
-    with pytest.raises(ConfigError, match="separate input and output axes"):
-        muon.as_matrices(x, MuonDimensionNumbers(1, -3))
+    x = jnp.asarray(normal(0, 2, 6, 4, 5))  # stack 2 and 4, input axis 5, output axis 6
+    got = run(muon.scale_by_muon(dimension_numbers=MuonDimensionNumbers(3, 1)), [{"w": x}])[0]["w"]
+    plain = run(muon.scale_by_muon(), [{"w": x.transpose(0, 2, 3, 1)}])[0]["w"]
+    np.testing.assert_allclose(got, plain.transpose(0, 3, 1, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("dead", ["keep", "skip"])

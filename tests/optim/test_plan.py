@@ -22,8 +22,8 @@ SPECS = {
         "norm": ParamSpec((2, 8), ("layers", "embed"), "norm"),
         "qkv": ParamSpec((2, 8, 24), ("layers", "embed", "qkv"), "hidden"),
         "qkv_bias": ParamSpec((2, 24), ("layers", "qkv"), "bias"),
-        "router": ParamSpec((2, 8, 4), ("layers", "embed", "experts"), "router"),
-        "selection_bias": ParamSpec((2, 4), ("layers", "experts"), "selection_bias"),
+        "router": ParamSpec((2, 8, 4), ("layers", "embed", "router"), "router"),
+        "selection_bias": ParamSpec((2, 4), ("layers", "router"), "selection_bias"),
         "up": ParamSpec((2, 4, 8, 16), ("layers", "experts", "embed", "expert_width"), "expert"),
         "down": ParamSpec((2, 4, 16, 8), ("layers", "experts", "expert_width", "embed"), "expert"),
     },
@@ -37,8 +37,8 @@ layers/down            2x4x16x8  layers,experts,expert_width,embed  expert      
 layers/norm            2x8       layers,embed                       norm            adamw      -           0.1      0.001          16
 layers/qkv             2x8x24    layers,embed,qkv                   hidden          muon       2 x 8x24      0       0.01         384
 layers/qkv_bias        2x24      layers,qkv                         bias            adamw      -           0.1      0.001          48
-layers/router          2x8x4     layers,embed,experts               router          muon       2 x 8x4       0       0.01          64
-layers/selection_bias  2x4       layers,experts                     selection_bias  frozen     -             0          -           8
+layers/router          2x8x4     layers,embed,router                router          muon       2 x 8x4       0       0.01          64
+layers/selection_bias  2x4       layers,router                      selection_bias  frozen     -             0          -           8
 layers/up              2x4x8x16  layers,experts,embed,expert_width  expert          muon       8 x 8x16      0       0.01       1,024
 norm                   8         embed                              norm            adamw      -           0.1      0.001           8
 muon       4 leaves            2,496 parameters
@@ -105,7 +105,7 @@ def test_dimension_numbers_come_from_axes_in_any_order():
         (("layers", "embed"), "hidden", 1),
         (("embed", "heads", "head_dim"), "hidden", 3),
         (("experts", "embed"), "expert", 1),
-        (("experts",), "router", 1),
+        (("router",), "router", 1),
     ],
 )
 def test_a_matrix_role_must_be_a_matrix(axes, role, count):
@@ -270,6 +270,7 @@ def test_a_dead_expert_through_the_plan(dead):
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"warmup": 400}, "400 updates cannot warm up for 400"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"muon_weight_decay": -1.0}, "muon_weight_decay must be a finite number, 0 or more; got -1.0"),
         ({"momentum": 1.0}, "momentum 1.0 must be"),
         ({"clip_norm": 0.0}, "clip_norm above 0"),
     ],

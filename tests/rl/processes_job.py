@@ -4,11 +4,11 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import define_hosts, define_mesh, run
+from launch.common import Hosts, MeshFlag, run
 from moe_jax.rl import loop
 
 FOLDER = flags.DEFINE_string("folder", None, "Where the run writes.", required=True)
-MESH, HOSTS = define_mesh(), define_hosts()
+MESH, HOSTS = MeshFlag(), Hosts()
 
 
 def main(argv: list[str]) -> None:

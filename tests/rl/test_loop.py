@@ -83,6 +83,17 @@ def test_the_rows_of_a_run(unbroken):
     assert any(value > 0 for _, value in result.series["optimizer/gradient_norm"])
 
 
+def test_both_counts_of_replayed_routes_are_in_the_rows(unbroken):
+    """Of the pass before the updates over all of a step's answers (score/), and of each update over its own (replay/), which add up to them."""
+    _, folder, _ = unbroken("rollout")
+    rows = [row for row in of_file(folder) if "loss" in row]
+    assert ["score/live_rows" in row for row in rows] == [True, False, False] * 2
+    for first in (0, 3):
+        parts = [row["replay/live_rows"] for row in rows[first : first + 3]]
+        assert rows[first]["score/live_rows"] == pytest.approx(np.mean(parts)) and len({*parts}) > 1
+        assert 0 < rows[first]["score/set_overlap"] < 1
+
+
 def test_an_unsaved_run_says_so():
     config = replace(NOISY, checkpoint_every=0)
     with pytest.raises(Stopped, match="stopped at update 1 of 6, not saved: checkpoint_every is 0"):
@@ -95,9 +106,16 @@ def test_a_checkpoint_loads_as_a_model_and_as_a_start(unbroken):
     here.restore(saved(folder, config))
     found = load_model(folder)
     assert found.config == config.model and found.step == 6
-    assert bits(found.params) == bits(here.state.params)
+    assert bits(found.params) == bits(here.state.params) and found.tokenizer is None
     again = loop._Loop(replace(config, start=str(folder), replay="reference"), program_of(config), TASK)
     assert bits(again.state.params) == bits(again.reference) == bits(here.state.params)
+
+
+def test_a_checkpoint_names_the_tokenizer_of_its_run(tmp_path):
+    config = replace(CONFIG, tokenizer="words/tokenizer.json")
+    here = loop._Loop(config, program_of(config), TASK)
+    saved(tmp_path, config).save(1, here._saved())
+    assert load_model(tmp_path).tokenizer == "words/tokenizer.json"
 
 
 def test_a_checkpoint_of_another_config_or_task_is_refused(unbroken):
@@ -306,7 +324,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
     here.batch, _ = here.collect(0)
     names = [*loop.paths.flatten(here.program.model.specs), "the loss"]
     with pytest.raises(
-        NonFinite, match=r"update 2 was refused: not finite in the gradient of embedding.*; the parameters before it are intact"
+        NonFinite, match=r"update 2 was refused: not finite in the gradient of embedding.*; the parameters of update 1 are intact"
     ):
         here.update(0, 1, names)
     assert bits(here.state.params) == before

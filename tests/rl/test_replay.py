@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import paths
+from moe_jax import paths, routing_stats
 from moe_jax.keys import Draw
 from moe_jax.replay import Replay
 from moe_jax.rl import loop
@@ -60,6 +60,15 @@ def test_mismatch():
     assert all(float(total) == float(count) == 0 for total, count in none.values())
 
 
+def test_mismatch_holds_pairs_of_experts_of_one_layer_at_a_time(monkeypatch):
+    """3 layers, 5 tokens, 2 experts each: 5 x 2 x 2 pairs, not three times as many."""
+    sizes, match = [], routing_stats._match
+    monkeypatch.setattr(routing_stats, "_match", lambda a, b: sizes.append(match(a, b).size) or match(a, b))
+    trace = trace_of(np.arange(3 * 5 * 2).reshape(3, 1, 5, 2))
+    mismatch(trace, trace, np.ones((1, 5), bool))
+    assert set(sizes) == {5 * 2 * 2}
+
+
 # ------------------------------------------------------------------------------------------------------------------ in a run
 
 
@@ -109,12 +118,12 @@ def test_what_is_replayed(source, what):
         answers, _ = here.answers(problems, "rollout", config.noise_of(0), 0, seed, 1.0, 1.0)
         expected = answers.trace
         live = (~known).sum()
-        assert row["replay/live_rows"] == pytest.approx(live / known.size)
-        assert row["route/changed_experts"] == 0 and row["replay/set_overlap"] < 1
+        assert row["score/live_rows"] == pytest.approx(live / known.size)
+        assert row["route/changed_experts"] == 0 and row["score/set_overlap"] < 1
     else:
         scored, _ = here.score(here.state.params, Answered(batch["tokens"]), None, None, 0)
         expected = scored.trace
-        assert "replay/live_rows" not in row  # the pass before the updates routed for itself
+        assert "score/live_rows" not in row  # the pass before the updates routed for itself
         assert row["route/changed_experts"] > 0
     assert np.array_equal(np.asarray(expected.ids)[known], routes.ids[known])
     if what == "ids+weights":
@@ -137,7 +146,7 @@ def test_the_reference_is_the_start_without_noise(tmp_path):
     here = loop._Loop(config, program_of(config), TASK)
     for step in range(2):
         here.batch, row = here.collect(step)
-        assert row["replay/set_overlap"] < 0.99 and row["route/changed_experts"] > 0  # noise would choose others in both passes
+        assert row["score/set_overlap"] < 0.99 and row["route/changed_experts"] > 0  # noise would choose others in both passes
         clean, _ = here.score(here.reference, Answered(here.batch["tokens"]), None, None, step)
         known = here.batch["routes"].valid
         assert known.any() and np.array_equal(clean.trace.ids[known], here.batch["routes"].ids[known])

@@ -1,6 +1,5 @@
 """Rewards: hand-worked numbers, and answers made to crash, hang or deceive the scorer."""
 
-import json
 from decimal import Decimal
 
 import numpy as np
@@ -224,29 +223,6 @@ def test_any_text(strange, close):
         for found in (rewards.strict_answer(text), rewards.last_number(text)):
             assert found is None or rewards.same_number(found, found)
             assert found is None or rewards.same_number(found, f"{Decimal(found):f}")
-
-
-def test_overlong_penalty():
-    given_lengths = (0, 4096, 4097, 6144, 8191, 8192, 10**9)
-    assert [rewards.overlong_penalty(length, 4096, 8192) for length in given_lengths] == [0, 0, -1 / 4096, -0.5, -4095 / 4096, -1, -1]
-    assert json.dumps(rewards.overlong_penalty(0, 0, 1)) == "0.0" and rewards.overlong_penalty(3, 2, 4, worst=-4) == -2
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ((1, 5, 5), "free 5, limit 5"),
-        ((1, 6, 5), "free 6, limit 5"),
-        ((1, -1, 5), "free -1"),
-        ((-1, 1, 5), "length -1"),
-        ((1, 1, 5, 1.0), "at most 0, got 1.0"),
-        ((1, 1, 5, float("nan")), "got nan"),
-        ((1, 1, 5, float("-inf")), "got -inf"),
-    ],
-)
-def test_overlong_penalty_refuses(arguments, words):
-    with pytest.raises(ConfigError, match=words):
-        rewards.overlong_penalty(*arguments)
 
 
 def test_checked():

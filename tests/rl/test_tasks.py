@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.rl import problems, rewards, sums, tasks
+from moe_jax.rl import rewards, sums, tasks
 from moe_jax.rl.problems import Problem, shuffled
 from moe_jax.train import tokenizers
 from moe_jax.train.chat import Chat
@@ -118,15 +118,12 @@ def test_indexing():
 
 
 def test_characters():
-    assert (SUMS.vocab_size, SUMS.pad, SUMS.stop) == (18, 0, (1,))
+    assert (SUMS.vocab_size, SUMS.stop) == (18, (1,))
     assert SUMS.encode("0+9-\n") == [2, 12, 11, 13, 17]
     assert SUMS.decode(SUMS.encode(sums.ALPHABET)) == sums.ALPHABET and sorted(SUMS.encode(sums.ALPHABET)) == list(range(2, 18))
     assert SUMS.decode([2, 0, 3, 1, 18, -1]) == "0<pad>1<eos><unknown><unknown>"
     with pytest.raises(DataError, match="'x' is not one of the 16 characters"):
         SUMS.encode("1x")
-    assert SUMS.prompts("test", [3, 0]) == [SUMS.encode(SUMS.test[3].prompt), SUMS.encode(SUMS.test[0].prompt)]
-    with pytest.raises(ConfigError, match=r"unknown split 'tests' \(did you mean 'test'\?\); known: train, tune, test"):
-        SUMS.prompts("tests", [0])
 
 
 def test_reference_solutions_of_sums():
@@ -235,9 +232,9 @@ def test_sums_in_words():
     task = tasks.load("chain_sum", BYTES)
     problem = task.test[1]
     assert problem.prompt == f"{SUMS.test[1].prompt} {tasks.INSTRUCTION}\n" and problem.answer == SUMS.test[1].answer
-    assert task.decode(task.prompts("test", [1])[0]) == problem.prompt
+    assert task.decode(task.encode(problem.prompt)) == problem.prompt
     assert task.score(problem, task.encode(problem.solution)) == 1
-    assert (task.vocab_size, task.stop, task.pad) == (257, (256,), 256) and task.fingerprint != SUMS.fingerprint
+    assert (task.vocab_size, task.stop) == (257, (256,)) and task.fingerprint != SUMS.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------------------ GSM8K
@@ -266,7 +263,7 @@ def test_gsm8k(tmp_path):
     assert first.prompt == 'What is 40 + 1,000? Let\'s think step by step and output the final answer after "####".\n'
     assert (first.answer, first.solution) == ("1040", "It is <<40+1000=1040>>\n#### 1,040")
     assert [problem.answer for problem in task.test] == [str(number) for number in range(1040, 1052)]
-    assert task.prompts("test", [0]) == [list(first.prompt.encode())]
+    assert task.encode(first.prompt) == list(first.prompt.encode())
     for problem in [*task.train, *task.tune, *task.test]:
         shown = task.demonstration(problem, 0)
         assert shown == [*problem.solution.encode(), 256]
@@ -300,9 +297,9 @@ def test_gsm8k_of_one_file(tmp_path):
 def test_conversations(tmp_path):
     pytest.importorskip("jinja2")
     task = tasks.load(f"gsm8k:{write(tmp_path, 'mine.jsonl', map(record, range(16)))}", CHAT)
-    prompt = task.decode(task.prompts("test", [0])[0])
+    prompt = task.decode(task.encode(task.test[0].prompt))
     assert prompt.startswith("<user>What is ") and prompt.endswith(f"{tasks.INSTRUCTION}<answer>")
-    assert (task.stop, task.pad) == ((10, 256), 256)
+    assert task.stop == (10, 256)
     assert task.demonstration(task.test[0], 0)[-1] == 10
 
 
@@ -393,7 +390,7 @@ def test_all_of_gsm8k(capsys):
     task = tasks.load(f"gsm8k:{GSM8K}", BYTES)
     assert [len(split) for split in (task.train, task.tune, task.test)] == [7473 - 512, 512, 1319] and task.repeats == 0
     count, prompts = Counter(), set()
-    for split in problems.SPLITS:
+    for split in ("train", "tune", "test"):
         for problem in getattr(task, split):
             count[split, rewards.score(problem.solution, problem.answer), rewards.score(problem.solution, problem.answer, "last")] += 1
             assert task.score(problem, task.demonstration(problem, 0)) == 1

@@ -123,8 +123,21 @@ def test_another_config_is_refused(warmed):
 def test_what_is_not_finite_ends_it(tmp_path):
     """A balance loss without bounds."""
     one = replace(WARM, stages=WARM.stages[:1], balance_weight=float("inf"))
-    with pytest.raises(NonFinite, match="update 1 of the warm-up is not finite; lower the learning rate"):
+    with pytest.raises(NonFinite, match="by update 1 of the warm-up one was not finite; lower the learning rate"):
         warm_up(one, TASK, tmp_path)
+
+
+def test_what_is_not_finite_in_between_ends_it_too(tmp_path, monkeypatch):
+    """The fourth of twelve updates alone: said at the end of the stage at the latest, before it is saved."""
+
+    def spoilt(config, task, update, imperfect):
+        batch = demonstrations(config, task, update, imperfect)
+        return batch if update != 3 else batch | {"weights": batch["weights"] * np.float32(np.nan)}
+
+    monkeypatch.setattr("moe_jax.rl.warmup.demonstrations", spoilt)
+    with pytest.raises(NonFinite, match="by update 12 of the warm-up one was not finite"):
+        warm_up(replace(WARM, stages=WARM.stages[:1]), TASK, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*/manifest.json"))
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_json_holds_the_numbers(built):
     [
         ({"split": "leaky"}, "warning", "validation text is also seen in training"),
         ({"data": {"split": "leaky"}}, "warning", "must not be compared with those of a clean split"),
-        ({"split": "clean"}, "note", "nothing that is evaluated on is seen in training"),
+        ({"split": "clean"}, "note", "nothing that is evaluated on is in the text that these runs train on"),
         ({"split": "by author"}, "note", "by author"),
         ({"split": [0.9, 0.1]}, "note", "[0.9, 0.1]"),
         ({}, "warning", "do not say"),

@@ -35,12 +35,11 @@ class State:
     step: jax.Array
     params: dict
     optimizer: tuple
-    key: jax.Array
 
 
 @jax.jit  # one compilation instead of forty small ones
 def make_state(seed: int) -> State:
-    """A small state with everything a real one holds: adamw under a partition with masked nodes, bf16, a typed key, odd values."""
+    """A small state with everything a real one holds: adamw under a partition with masked nodes, bf16, odd values."""
     key = jax.random.key(seed)
     params = {
         "experts": {"up": jax.random.normal(key, (3, 4, 5)), "down": jax.random.normal(key, (3, 5, 4)).astype(jnp.bfloat16)},
@@ -54,7 +53,7 @@ def make_state(seed: int) -> State:
     optimizer = optax.chain(optax.partition(transforms, labels), optax.scale_by_learning_rate(optax.constant_schedule(0.1)))
     state = optimizer.init(params)
     _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
-    return State(jnp.asarray(seed, jnp.uint8), params, state, jax.random.fold_in(key, 1))
+    return State(jnp.asarray(seed, jnp.uint8), params, state)
 
 
 @functools.cache
@@ -63,8 +62,7 @@ def abstract_state() -> State:
 
 
 def bits(tree) -> list[bytes]:
-    leaves = [jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in jax.tree.leaves(tree)]
-    return [f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes() for leaf in leaves]
+    return [f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def assert_same(a, b):
@@ -82,7 +80,7 @@ def two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "checkpoints"
     states = {4: make_state(4), 8: make_state(8)}
     for step, state in states.items():
-        open_checkpoints(folder).save(step, state, {"step": step})
+        open_checkpoints(folder).save(step, state)
     return folder, states
 
 
@@ -93,30 +91,30 @@ def copied(two_steps, tmp_path):
     return tmp_path / "checkpoints", states
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_structure_and_extra(tmp_path):
-    state, extra = make_state(3), {"data": {"position": 12}, "best": 1 / 3, "by_step": {"2": 1, "10": 2}, "worst": float("inf")}
-    open_checkpoints(tmp_path).save(7, state, extra)
+def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
+    state = make_state(3)
+    open_checkpoints(tmp_path).save(7, state)
     for template in (state, abstract_state(), make_state(0)):
-        restored, got, step = open_checkpoints(tmp_path).restore(template)
+        restored, step = open_checkpoints(tmp_path).restore(template)
         assert_same(restored, state)
-        assert (got, step) == (extra, 7)
+        assert step == 7
     assert bits(make_state(0)) != bits(state)  # the template's values are not what came back
-    assert not restored.params["experts"]["up"].committed and restored.key.dtype == state.key.dtype
+    assert not restored.params["experts"]["up"].committed
 
 
 def test_restored_leaves_do_not_retrace_a_jitted_step(tmp_path):
     state = make_state(0)
-    step = jax.jit(lambda s: s.params["experts"]["up"].sum() + jax.random.normal(s.key))
+    step = jax.jit(lambda s: s.params["experts"]["up"].sum())
     expected = step(state)
     open_checkpoints(tmp_path).save(1, state)
-    restored, _, _ = open_checkpoints(tmp_path).restore(abstract_state())
+    restored, _ = open_checkpoints(tmp_path).restore(abstract_state())
     assert step(restored) == expected and step._cache_size() == 1
 
 
 def test_numpy_leaves_stay_numpy_and_keep_what_jax_would_narrow(tmp_path):
     tree = {"a": np.arange(3, dtype=np.float64) / 3, "b": np.float32(0.1), "c": jnp.ones(2)}
     open_checkpoints(tmp_path).save(1, tree)
-    restored, _, _ = open_checkpoints(tmp_path).restore(tree)
+    restored, _ = open_checkpoints(tmp_path).restore(tree)
     assert restored["a"].dtype == np.float64 and restored["a"].tobytes() == tree["a"].tobytes()
     assert restored["b"] == tree["b"] and isinstance(restored["c"], jax.Array)
     open_checkpoints(tmp_path).save(2, jnp.arange(4))  # a bare leaf is a tree too
@@ -126,21 +124,13 @@ def test_numpy_leaves_stay_numpy_and_keep_what_jax_would_narrow(tmp_path):
 def test_a_state_of_numpy_alone_and_one_written_by_orbaxs_own_checkpointer_come_back(tmp_path):
     tree = {"a": np.arange(3.0), "b": np.float32(0.5), "c": np.arange(4).astype(jnp.bfloat16)}
     open_checkpoints(tmp_path).save(1, tree)
-    restored, _, _ = open_checkpoints(tmp_path).restore(tree)
+    restored, _ = open_checkpoints(tmp_path).restore(tree)
     assert all(restored[name].tobytes() == value.tobytes() for name, value in tree.items())
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         np.testing.assert_array_equal(checkpointer.restore(tmp_path / "1" / "state")["a"], tree["a"])  # readable without this code
         checkpointer.save(tmp_path / "orbax", args=ocp.args.PyTreeSave({"a": jnp.ones(3)}))
     got = checkpoint._orbax_restore(tmp_path / "orbax", {"a": jnp.zeros(3)})  # as the first versions of this code wrote
     assert got["a"].tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_keys_come_back_with_their_generator(tmp_path, generator):
-    key = jax.random.key(5, impl=generator)
-    open_checkpoints(tmp_path).save(1, key)
-    restored, _, _ = open_checkpoints(tmp_path).restore(jax.ShapeDtypeStruct((), key.dtype))
-    assert restored.dtype == key.dtype and bits(restored) == bits(key)
 
 
 def test_only_the_newest_are_kept_and_an_explicit_one_can_be_asked_for(tmp_path):
@@ -150,7 +140,7 @@ def test_only_the_newest_are_kept_and_an_explicit_one_can_be_asked_for(tmp_path)
         checkpoints.save(step, {"x": jnp.full(2, step)})
     assert checkpoints.steps() == [5, 9, 10] == open_checkpoints(tmp_path / "deep" / "er").steps() and checkpoints.latest() == 10
     template = {"x": jnp.zeros(2, jnp.int32)}
-    assert checkpoints.restore(template)[2] == 10
+    assert checkpoints.restore(template)[1] == 10
     assert checkpoints.restore(template, step=5)[0]["x"].tolist() == [5, 5]
     with pytest.raises(CheckpointError, match="no checkpoint of step 6 in .*; it has 5, 9, 10"):
         checkpoints.restore(template, step=6)
@@ -179,7 +169,7 @@ def test_sharded_leaves_come_back_in_the_sharding_asked_for(tmp_path):
     open_checkpoints(tmp_path).save(1, saved)
     for wanted in (sharding((2, 4), ("b", "a")), sharding((4, 2), (None, ("a", "b"))), SingleDeviceSharding(jax.devices()[3])):
         template = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=wanted), "one": jax.ShapeDtypeStruct((3,), jnp.float32)}
-        restored, _, _ = open_checkpoints(tmp_path).restore(template)
+        restored, _ = open_checkpoints(tmp_path).restore(template)
         assert restored["w"].sharding == wanted and restored["w"].committed and not restored["one"].committed
         np.testing.assert_array_equal(restored["w"], value)
 
@@ -188,7 +178,7 @@ MESHES = [(1, 1), (2, 2), (1, 4), (4, 1), (8, 1)]
 
 
 def on_mesh(shape: tuple[int, int]):
-    """A state with a step, sharded parameters, the momentum of an optimizer, a key and an array without elements, on a mesh of the first devices."""
+    """A state with a step, sharded parameters, the momentum of an optimizer and an array without elements, on a mesh of the first devices."""
     mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, (8, 16), dtype=np.uint32).view(np.float32)  # nan of all kinds, denormals, infinities
@@ -200,7 +190,6 @@ def on_mesh(shape: tuple[int, int]):
             "norm": (bits[0], ()),
         },
         "optimizer": ({"mu": (bits[::-1].copy(), ("b", "a")), "count": (np.int32(7), ())},),
-        "key": (jax.random.key(7), ()),
         "void": (np.zeros((0, 8), np.float32), (None, "a")),
     }
 
@@ -217,7 +206,7 @@ def test_a_checkpoint_of_any_mesh_comes_back_on_any_other(tmp_path, source):
     for target in MESHES:
         wanted = on_mesh(target)
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted)
-        restored, _, step = open_checkpoints(tmp_path).restore(abstract)
+        restored, step = open_checkpoints(tmp_path).restore(abstract)
         assert step == 7
         assert_same(restored, saved)
         for leaf, like in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
@@ -254,11 +243,10 @@ def test_another_config_or_data_is_refused_with_what_differs(copied):
         (lambda p: {**p, "w": jnp.zeros((3, 1))}, r"w has shape \(3,\) saved and \(3, 1\) in the state"),
         (lambda p: {"w": p["w"]}, "b/c is saved and not in the state"),
         (lambda p: {**p, "new": jnp.zeros(1)}, "new is in the state and not saved"),
-        (lambda p: {**p, "key": jax.random.key(0, impl="rbg")}, r"key has dtype key<fry> saved and key<rbg> in the state"),
     ],
 )
 def test_another_state_is_refused_leaf_by_leaf(tmp_path, change, words):
-    params = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}, "key": jax.random.key(0)}
+    params = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
     open_checkpoints(tmp_path).save(1, params)
     with pytest.raises(CheckpointError, match=f"step 1 in .* does not fit this state: {words}"):
         open_checkpoints(tmp_path).restore(change(params))
@@ -269,11 +257,22 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
     checkpoints = open_checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match="state leaf a/b is float, not an array"):
         checkpoints.save(1, {"a": {"b": 1.0}})
+    with pytest.raises(CheckpointError, match="state leaf key is PRNGKeyArray, not an array"):
+        checkpoints.save(1, {"key": jax.random.key(0)})
     with pytest.raises(CheckpointError, match="two leaves of the state are called a/b"):
         checkpoints.save(1, {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
-    with pytest.raises(CheckpointError, match="plain JSON"):
-        checkpoints.save(1, {"a": jnp.ones(1)}, {"x": object()})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_manifest_with_more_to_say_is_read(copied):
+    """As the first versions of this code wrote: with a field `extra`."""
+    folder, states = copied
+    path = folder / "8" / "manifest.json"
+    body = json.loads(path.read_text())["body"] | {"extra": {"position": 8}}
+    path.write_text(json.dumps({"sha256": checkpoint._body_hash(body), "body": body}))
+    restored, step = open_checkpoints(folder).restore(states[8])
+    assert_same(restored, states[8])
+    assert step == 8 and open_checkpoints(folder).manifest(8)["leaves"] == body["leaves"]
 
 
 def test_a_checkpoint_of_newer_code_is_refused(copied):
@@ -331,9 +330,8 @@ def test_damage_to_any_file_is_seen_or_harmless_and_the_step_before_is_used(two_
             continue  # a file that is the same in both steps
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            restored, extra, step = open_checkpoints(folder).restore(states[8])
+            restored, step = open_checkpoints(folder).restore(states[8])
         assert_same(restored, states[step])
-        assert extra == {"step": step}
         if step == 4:
             seen += 1
             assert [warning.category for warning in caught] == [MoeJaxWarning]
@@ -353,7 +351,7 @@ def test_a_step_asked_for_is_not_replaced_by_another(copied):
         pytest.raises(CheckpointError, match="step 8 .* is damaged: state/_METADATA cannot be read .*8.damaged"),
     ):
         open_checkpoints(folder).restore(states[8], step=8)
-    assert open_checkpoints(folder).restore(states[4])[2] == 4
+    assert open_checkpoints(folder).restore(states[4])[1] == 4
 
 
 def test_no_good_step_is_an_error_that_names_them_all_and_deletes_none(copied):
@@ -381,7 +379,7 @@ def test_a_save_that_was_cut_off_is_swept_and_a_replaced_step_comes_back(copied)
     assert checkpoints.steps() == [4] and len(os.listdir(folder)) == 4  # reading sweeps nothing: a writer may be at work
     checkpoints.save(12, states[8])
     assert sorted(os.listdir(folder)) == ["12", "8"]
-    assert checkpoints.restore(states[8], step=8)[1] == {"step": 8}
+    assert_same(checkpoints.restore(states[8], step=8)[0], states[8])
 
 
 def test_a_failing_save_is_one_line_and_leaves_the_others(copied, monkeypatch):
@@ -416,7 +414,7 @@ step = checkpoints.latest() or 0
 print("ready", flush=True)
 while True:
     step += 1
-    checkpoints.save(step, {"a": jnp.full((300, 300), step), "b": {"c": jnp.arange(1000.0) + step}}, {"step": step})
+    checkpoints.save(step, {"a": jnp.full((300, 300), step), "b": {"c": jnp.arange(1000.0) + step}})
     print(step, flush=True)
 """
 
@@ -439,8 +437,8 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
         checkpoints = Checkpoints(tmp_path, {}, "f")
         assert checkpoints.latest() in (saved, saved + 1) and saved > last  # what was reported done is there
         for step in checkpoints.steps():
-            restored, extra, _ = checkpoints.restore(template, step=step)
-            assert extra == {"step": step} and bool((restored["a"] == step).all())
+            restored, _ = checkpoints.restore(template, step=step)
+            assert bool((restored["a"] == step).all())
             assert_same(restored["b"]["c"], jnp.arange(1000.0) + step)
         last = saved
 

@@ -228,8 +228,8 @@ def test_seeds_differ(corpus, data):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_make_the_global_batch(corpus, data, count):
-    shards = [D.build(SMALL, 0, corpus=corpus, process_index=index, process_count=count) for index in range(count)]
+def test_processes_make_the_global_batch(data, count):
+    shards = [data.of_process(index, count) for index in range(count)]
     for name in ("tokens", "targets"):
         joined = np.concatenate([shard.batch(5)[name] for shard in shards], axis=1)
         np.testing.assert_array_equal(joined, data.batch(5)[name])
@@ -240,11 +240,18 @@ def test_processes_make_the_global_batch(corpus, data, count):
     assert {shard.fingerprint for shard in shards} == {data.fingerprint}
 
 
-def test_processes_that_do_not_fit(corpus):
-    with pytest.raises(ConfigError, match="batch_size 4 does not divide among 3 processes"):
-        D.build(SMALL, 0, corpus=corpus, process_count=3)
-    with pytest.raises(ConfigError, match="process_index must be from 0 to 1, got 2"):
-        D.build(SMALL, 0, corpus=corpus, process_index=2, process_count=2)
+def test_a_batch_that_does_not_divide_is_refused_when_it_is_cut(data):
+    """An evaluation may be over more processes than a micro-batch, of 4 here, has rows for."""
+    parts = [next(data.of_process(index, 8).validation_batches(16))["tokens"] for index in range(8)]
+    np.testing.assert_array_equal(np.concatenate(parts), next(data.validation_batches(16))["tokens"])
+    with pytest.raises(ConfigError, match="a batch of 4 sequences does not divide among 8 processes; change batch_size, or eval_batch"):
+        data.of_process(0, 8).batch(0)
+
+
+def test_more_ids_than_embeddings_are_refused(data):
+    data.check_vocabulary(data.corpus.tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match="the tokenizer bytes has 257 ids, the model's vocab_size is 256"):
+        data.check_vocabulary(256)
 
 
 @pytest.mark.parametrize(("size", "cap"), [(4, None), (7, None), (7, 10), (4, 8), (1000, None)])

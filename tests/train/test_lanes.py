@@ -60,9 +60,7 @@ def program():
 
 def found(config, result, folder):
     """All that a run leaves: metrics, curves, usage, and the bits of its last state."""
-    state, _, step = Checkpoints(folder / "checkpoints", config, data_of(config.data_seed).fingerprint).restore(
-        program().init(np.uint32(0))
-    )
+    state, step = Checkpoints(folder / "checkpoints", config, data_of(config.data_seed).fingerprint).restore(program().init(np.uint32(0)))
     assert step == config.updates
     return result.metrics, result.series, result.load, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 

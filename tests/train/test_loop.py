@@ -79,6 +79,15 @@ def test_a_run_killed_after_its_last_evaluation_records_it_once(unbroken, progra
     assert [row["step"] for row in rows if "eval/loss" in row] == [6, 12]
 
 
+def test_a_finished_run_without_its_metrics_is_evaluated_again(unbroken, program, data, tmp_path):
+    run(CONFIG, program, data, tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    lost = {"train_loss_end", "val_perplexity_best"}  # of the updates and the evaluation whose rows are gone
+    again = run(CONFIG, program, data, tmp_path).metrics
+    assert "train_loss_end" not in again
+    assert {name: again[name] for name in again.keys() - lost} == {name: unbroken.metrics[name] for name in unbroken.metrics.keys() - lost}
+
+
 def test_a_lost_checkpoint_step_falls_back(unbroken, program, data, tmp_path):
     """The newest checkpoint is damaged: the one before it is used, and the end is the same."""
     polls = iter(range(100))
@@ -272,6 +281,14 @@ def test_micro_batches_are_recorded_and_replayed_in_their_order(tmp_path):
     losses = [run(config, config.program(), text).series["train/loss"] for config in (recorded, replayed)]
     assert losses[0] == losses[1]
     assert TraceReader(tmp_path / "r").read(1, text.batch(1)["tokens"].reshape(8, 16)).ids.shape == (1, 8, 16, 2)
+
+
+def test_a_comparison_that_cannot_be_is_refused_before_the_first_update(first, second, data, tmp_path):
+    for folder, message in ((tmp_path / "none", "none"), (first[0] / "routes", "routes")):  # the second are of batches of another size
+        config = dataclasses.replace(SECOND, compare=str(folder), eval_batch=6, checkpoint_every=0)
+        with pytest.raises(TraceError, match=message):
+            run(config, second(config), data, tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -48,16 +48,15 @@ def values(step, size):
 
 def shardings(shape):
     mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"step": (), "w": ("a", "b"), "momentum": ("b", "a"), "odd": (), "half": (("a", "b"),), "flags": (None, "b"), "key": (), "void": ("a",)}
+    specs = {"step": (), "w": ("a", "b"), "momentum": ("b", "a"), "odd": (), "half": (("a", "b"),), "flags": (None, "b"), "void": ("a",)}
     return {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
 
 def state(step, shape, size=16):
-    'Global arrays, a global key, an array without elements, and what every process has for itself.'
+    'Global arrays, an array without elements, and what every process has for itself.'
     where, host = shardings(shape), values(step, size)
     put = {name: jax.make_array_from_callback(value.shape, where[name], lambda part, value=value: value[part]) for name, value in host.items()}
-    put["key"] = jax.jit(lambda: jax.random.key(step), out_shardings=where["key"])()
     put["void"] = jax.jit(lambda: jnp.zeros((0, 4)), out_shardings=where["void"])()
-    return {**put, "mine": jnp.full(3, step), "mine_key": jax.random.key(step + 1), "half_mine": jnp.full(2, step, jnp.bfloat16), "numpy": np.arange(4) + step}
+    return {**put, "mine": jnp.full(3, step), "half_mine": jnp.full(2, step, jnp.bfloat16), "numpy": np.arange(4) + step}
 
 def abstract(tree):
     def leaf(value):
@@ -69,8 +68,6 @@ def same(tree, step, size=16):
     'The names whose bits on the devices of this process are not those of `step`.'
     wrong = [name for name, value in values(step, size).items() for shard in tree[name].addressable_shards
              if np.asarray(shard.data).tobytes() != np.ascontiguousarray(value[shard.index]).tobytes()]
-    local = {name: jax.random.key_data(tree[name].addressable_data(0) if name == "key" else tree[name]) for name in ("key", "mine_key")}
-    wrong += [name for name, seed in (("key", step), ("mine_key", step + 1)) if (local[name] != jax.random.key_data(jax.random.key(seed))).any()]
     wrong += [name for name in ("mine", "half_mine") if (tree[name] != step).any() or tree[name].committed]
     return wrong + ["numpy"] * bool((tree["numpy"] != np.arange(4) + step).any()) + ["void"] * (tree["void"].shape != (0, 4))
 
@@ -132,9 +129,9 @@ def two(tmp_path_factory):
     empty = [checkpoints.steps(), checkpoints.latest()]
     none = failure(lambda: checkpoints.restore({}))
     for step in (3, 5, 8):
-        checkpoints.save(step, state(step, shape), {"position": step})
-    restored, extra, step = checkpoints.restore(abstract(state(0, shape)))
-    say(empty=empty, none=none, steps=checkpoints.steps(), wrong=same(restored, 8), extra=extra, step=step,
+        checkpoints.save(step, state(step, shape))
+    restored, step = checkpoints.restore(abstract(state(0, shape)))
+    say(empty=empty, none=none, steps=checkpoints.steps(), wrong=same(restored, 8), step=step,
         shardings=[restored[name].sharding == where for name, where in shardings(shape).items()], manifest=checkpoints.manifest(8)["leaves"]["w"])
 
     # Errors of one process are the errors of all, and the next call finds everybody in step.
@@ -171,7 +168,7 @@ def two(tmp_path_factory):
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        restored, extra, step = checkpoints.restore(abstract(state(0, shape)))
+        restored, step = checkpoints.restore(abstract(state(0, shape)))
     say(step=step, wrong=same(restored, 5), warned=[str(warning.message) for warning in caught])
 
     # The run folder, the metrics and the progress.
@@ -185,7 +182,7 @@ def two(tmp_path_factory):
             for number in (1, 2, 3):
                 metrics.write(number, {"loss": 0.5 * number})
             metrics.flush()
-            said["dropped"] = metrics.truncate_to(2)
+            metrics.truncate_to(2)
             on_all(lambda: None)
             said["rows"] = read_metrics(metrics.path)
             progress.update(1, {"loss": 0.5})
@@ -199,7 +196,7 @@ def test_every_process_gets_the_same_state_back(two):
     (said, _, _) = two
     for saved, *_ in said:
         assert saved["empty"] == [[], None] and saved["none"][0] == "CheckpointError" and "no checkpoint in" in saved["none"][1]
-        assert saved["steps"] == [5, 8] and saved["step"] == 8 and saved["extra"] == {"position": 8}
+        assert saved["steps"] == [5, 8] and saved["step"] == 8
         assert saved["wrong"] == [] and all(saved["shardings"]) and saved["manifest"] == [[16, 16], "float32"]
 
 
@@ -241,7 +238,6 @@ def test_the_run_folder_is_one_jobs_and_process_0_writes(two):
         assert "lr: was 0, now 1" in run["other"][1]
         assert run["first"] == [None, [], {"lr": 1}] and "1 fields differ" in run["changed"][1]
         assert run["rows"] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
-    assert [process[-1]["dropped"] for process in said] == [1, 0]
     assert [process[-1]["news"] for process in said] == [['device: was null, now "another"'], []]
     assert len((folder / "run" / "command.txt").read_text().splitlines()) == 2
     assert "train 1/2 (50 %): loss 0.5" in errors[0] and "train" not in errors[1]
@@ -249,13 +245,13 @@ def test_the_run_folder_is_one_jobs_and_process_0_writes(two):
 
 RESTORE = """
 shape, step = tuple(map(int, rest[:2])), int(rest[2])
-tree, extra, found = Checkpoints(folder, {}, "f").restore(abstract(state(0, shape)))
-say(wrong=same(tree, step), found=found, extra=extra, sharded=[tree[name].sharding == where for name, where in shardings(shape).items()])
+tree, found = Checkpoints(folder, {}, "f").restore(abstract(state(0, shape)))
+say(wrong=same(tree, step), found=found, sharded=[tree[name].sharding == where for name, where in shardings(shape).items()])
 Checkpoints(folder, {}, "f").save(found + 1, state(found + 1, shape))
 """
 SAVE = """
 shape, step = tuple(map(int, rest[:2])), int(rest[2])
-Checkpoints(folder, {}, "f").save(step, state(step, shape), {"by": count})
+Checkpoints(folder, {}, "f").save(step, state(step, shape))
 """
 
 
@@ -292,7 +288,6 @@ def test_a_checkpoint_goes_from_any_number_of_processes_to_any_other(tmp_path):
         with Job(RESTORE, count, tmp_path, *shape, step, devices=devices) as job:
             for (said,) in job.found():
                 assert said["wrong"] == [] and said["found"] == step and all(said["sharded"]), (count, devices, shape)
-                assert said["extra"] == ({"by": 4} if step == 1 else {})
 
 
 @pytest.mark.slow
@@ -346,7 +341,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before_and_another_numbe
     assert any(path.name.startswith(".saving-2.") for path in tmp_path.iterdir())
     again = """
     checkpoints, shape = Checkpoints(folder, {}, "f"), (1, count)
-    tree, _, found = checkpoints.restore(abstract(state(0, shape, 48)))
+    tree, found = checkpoints.restore(abstract(state(0, shape, 48)))
     checkpoints.save(2, state(2, shape, 48))
     say(wrong=same(tree, 1, 48), found=found, then=same(checkpoints.restore(abstract(tree))[0], 2, 48))
     """

@@ -51,6 +51,13 @@ def test_the_routes_of_the_training_batches(folder, model, params, data):
         np.testing.assert_allclose(trace.weights, np.concatenate([found.weights for found in each], 1), rtol=1e-5)
 
 
+def test_ids_without_an_embedding_are_refused(data, tmp_path):
+    small = Model(CONFIG.replace(vocab_size=100))
+    with pytest.raises(ConfigError, match="the tokenizer bytes has 257 ids, the model's vocab_size is 100"):
+        record(small, small.init(0), data, tmp_path / "r", 1)
+    assert not (tmp_path / "r").exists()
+
+
 def test_noise_makes_the_draws_of_the_update(folder, model, params, data, tmp_path):
     """Recorded under a training noise they are the routes of that step's draw; noise of another phase does nothing."""
     noise = NoiseSpec.parse("router_logits=additive:0.5:phases=train")

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.errors import ConfigError
 from moe_jax.train import run_folder
-from moe_jax.train.run_folder import RunFolder, some, write_atomic
+from moe_jax.train.run_folder import RunFolder, some
 
 HOLDER = """
 import sys, time
@@ -202,11 +202,3 @@ def test_a_folder_of_newer_code_is_refused_and_its_lock_freed(tmp_path):
     for _ in range(2):
         with pytest.raises(ConfigError, match="was written as 'moe_jax.run_folder/2'"):
             RunFolder(tmp_path)
-
-
-def test_a_failed_atomic_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    write_atomic(tmp_path / "a.json", "old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(tmp_path / "a.json", "new")
-    assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]

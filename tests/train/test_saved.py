@@ -51,7 +51,7 @@ def copy(trained, tmp_path):
 
 def test_a_run_comes_back_bit_for_bit(trained):
     folder, program = trained
-    state, _, _ = Checkpoints(folder / "checkpoints", CONFIG, build(CONFIG.data, 0).fingerprint).restore(program.init(np.uint32(0)))
+    state, _ = Checkpoints(folder / "checkpoints", CONFIG, build(CONFIG.data, 0).fingerprint).restore(program.init(np.uint32(0)))
     for source in (folder, str(folder), folder / "checkpoints"):
         found = load_model(source)
         assert (found.config, found.run, found.step) == (CONFIG.model, CONFIG, 4)
@@ -111,6 +111,50 @@ def test_what_is_no_model_is_one_clear_line(source, error, message, tmp_path, mo
     with pytest.raises(error, match=message) as caught:
         load_model(source)
     assert "\n" not in str(caught.value)
+
+
+def test_the_text_of_a_run_is_its_own_and_its_words_stay_what_they_mean(trained):
+    found = load_model(trained[0])
+    assert found.text(None) == found.text("synthetic") == CONFIG.data and found.text(None, 8) == CONFIG.data.replace(seq_len=8)
+    assert found.text("wiki") == CONFIG.data.replace(source="wiki")  # bytes are bytes
+    own = CONFIG.data.replace(tokenizer="bpe:300", max_documents=40)
+    of_bpe = dataclasses.replace(found, run=dataclasses.replace(CONFIG, data=own))
+    assert of_bpe.text(None) == of_bpe.text("synthetic", 16) == own
+    assert of_bpe.check_words(own.replace(batch_size=2, max_tokens=9)).batch_size == 2
+    with pytest.raises(
+        ConfigError, match="bpe:300 of this run was trained on source=synthetic, and on source=wiki its ids would mean other"
+    ):
+        of_bpe.text("wiki")
+    with pytest.raises(ConfigError, match="trained on max_documents=40, and on max_documents=None its ids would mean other words"):
+        of_bpe.check_words(own.replace(max_documents=None))
+    assert of_bpe.check_words(own.replace(source="wiki", tokenizer="bytes")).tokenizer == "bytes"  # said, so meant
+
+
+def test_a_preset_has_a_text_that_fits_it():
+    tiny = load_model("tiny")
+    assert tiny.text("synthetic") == DataConfig("synthetic", "bytes", 64) and tiny.text(None, 16) == DataConfig("wiki", "bytes", 16)
+    assert load_model("quick").text(None) == DataConfig("wiki", "bpe:2048", 128)
+    own = dataclasses.replace(tiny, tokenizer="own/tokenizer.json")
+    assert own.text(None).tokenizer == "own/tokenizer.json"
+
+
+def test_a_run_does_not_begin_with_words_of_other_documents(tmp_path):
+    """The loop itself refuses it, whoever made the config."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=CONFIG.model.replace(vocab_size=300),
+        data=CONFIG.data.replace(tokenizer="bpe:300", max_documents=40),
+        objective=Objective(),
+        updates=1,
+        checkpoint_every=1,
+    )
+    program = config.program()
+    run(config, program, build(config.data, 0), tmp_path)
+    again = dataclasses.replace(config, start=str(tmp_path))
+    assert run(again, program, build(config.data, 0)).metrics
+    other = dataclasses.replace(again, data=config.data.replace(max_documents=50))
+    with pytest.raises(ConfigError, match="trained on max_documents=40, and on max_documents=50"):
+        run(other, program, build(other.data, 0))
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(trained):

@@ -23,6 +23,7 @@ def test_bytes():
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([97, 256]) == "a<|endoftext|>"
+    assert tokenizer.decode([104, 258, 97]) == "ha"  # the preset tiny has 260 ids
     assert tokenizer.encode("").shape == (0,)
 
 

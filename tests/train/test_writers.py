@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import ConfigError, MoeJaxError
+from moe_jax.errors import MoeJaxError
 from moe_jax.train import writers
 from moe_jax.train.writers import MetricsWriter, Progress, Transfer, duration_text, pace_text, read_metrics, seconds_left
 
@@ -25,7 +25,7 @@ from moe_jax.train.writers import MetricsWriter, Progress, Transfer, duration_te
 def test_numbers_come_back_bit_for_bit(tmp_path):
     generator = random.Random(0)
     values = [generator.uniform(-1, 1) * 10.0 ** generator.randrange(-300, 300) for _ in range(200)] + [-0.0, 5e-324, 1e308, math.pi]
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step, value in enumerate(values):
             writer.write(step, {"loss": value, "f32": np.float32(value % 1)})
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -46,7 +46,7 @@ def test_every_kind_of_value_and_strict_json(tmp_path):
         "inf": jnp.inf,
         "low": -math.inf,
     }
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, given)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -56,16 +56,16 @@ def test_every_kind_of_value_and_strict_json(tmp_path):
 
 
 def test_a_resume_drops_the_rows_it_will_write_again(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 2, 3, 4):
             writer.write(step, {"loss": step / 3})
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        assert writer.truncate_to(2) == 2
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_to(2)
         writer.write(3, {"loss": 9})
-        assert writer.truncate_to(7) == 0
+        writer.truncate_to(7)
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1 / 3), (2, 2 / 3), (2, 2 / 3), (3, 9)]
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        assert writer.truncate_to(0) == 4
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_to(0)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -75,7 +75,7 @@ def test_a_torn_last_line_is_skipped_by_readers_and_dropped_by_the_next_writer(t
     whole = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
     path.write_bytes(whole + torn)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(3, {"loss": 0.125})
     assert path.read_bytes() == whole + b'{"step": 3, "loss": 0.125}\n'
 
@@ -85,7 +85,7 @@ def test_a_bad_line_in_the_middle_is_an_error_that_names_it(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(MoeJaxError, match="metrics.jsonl line 2 is not a row of metrics"):
         read_metrics(tmp_path / "metrics.jsonl")
-    with MetricsWriter(tmp_path, tensorboard=False) as writer, pytest.raises(MoeJaxError, match="line 2"):
+    with MetricsWriter(tmp_path) as writer, pytest.raises(MoeJaxError, match="line 2"):
         writer.truncate_to(3)
 
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_rows(tmp_path):
         import resource, signal, sys
         from moe_jax.errors import MoeJaxError
         from moe_jax.train.writers import MetricsWriter
-        writer = MetricsWriter(sys.argv[1], tensorboard=False)
+        writer = MetricsWriter(sys.argv[1])
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (110, 110))
         try:
@@ -114,7 +114,7 @@ def test_a_kill_at_any_moment_leaves_whole_rows_in_order(tmp_path):
     code = textwrap.dedent("""
         import itertools, sys
         from moe_jax.train.writers import MetricsWriter
-        writer = MetricsWriter(sys.argv[1], tensorboard=False)
+        writer = MetricsWriter(sys.argv[1])
         print("ready", flush=True)
         for step in itertools.count():
             writer.write(step, {"loss": step / 7, "text": "x" * 300})
@@ -151,7 +151,7 @@ class FakeSummaries:
 
 def test_tensorboard_gets_the_numbers_and_forgets_the_steps_of_a_resume(tmp_path, monkeypatch):
     FakeSummaries.made = []
-    monkeypatch.setattr(writers, "_summary_writer_class", lambda _: FakeSummaries)
+    monkeypatch.setattr(writers, "_summary_writer_class", lambda: FakeSummaries)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 0.5, "phase": "train"})
     with MetricsWriter(tmp_path) as writer:
@@ -164,20 +164,17 @@ def test_tensorboard_gets_the_numbers_and_forgets_the_steps_of_a_resume(tmp_path
 
 def test_tensorboard_files_are_written_where_tensorboardx_is_installed(tmp_path):
     pytest.importorskip("tensorboardX")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 0.5})
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in file.read_bytes()
 
 
-def test_tensorboard_is_optional_unless_asked_for(tmp_path, monkeypatch):
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    for choice in ("auto", False):
-        with MetricsWriter(tmp_path, tensorboard=choice) as writer:
-            writer.write(1, {"loss": 0.5})
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
-    with pytest.raises(ConfigError, match=r"pip install 'moe-jax\[track\]'"):
-        MetricsWriter(tmp_path, tensorboard=True)
 
 
 # --- progress -----------------------------------------------------------------------------------------------------------------
