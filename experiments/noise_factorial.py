@@ -126,7 +126,7 @@ RUNS: Mapping[str, Callable[[], RunConfig]] = {
 COST: Mapping[str, str] = {
     "smoke": "about 20 seconds on two CPU cores",
     "quick": "about 3 minutes on two CPU cores with --lanes=2",
-    "small": "about an hour on two CPU cores with --lanes=2",
+    "small": "one to two hours on two CPU cores with --lanes=2",
     "seed": "about 40 hours on two CPU cores; on one H100 the aim is two minutes",
     "corrected": "about 150 hours on two CPU cores; minutes on one H100",
     "followups": "about 7 minutes on two CPU cores with --lanes=2",
