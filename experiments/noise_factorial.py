@@ -5,7 +5,7 @@ selection, the combine weights and the balance loss. Presets:
 
 smoke      no download, made-up text, seconds: shows that everything works, and nothing about noise
 quick      the seed's shape, small: all 18 runs in minutes on two CPU cores; real text, own BPE, clean split
-small      the same, larger: an hour or so on two cores
+small      the same, larger: one to two hours on two cores
 seed       as it was run: 79 M parameters, 400 micro-batches that make 100 updates, windows that leak into validation
 corrected  the seed's size with 400 updates of one whole cosine, clean split
 followups  what the seed recommended next: balance weights .002 to .01, top-1, the gate under AdamW or frozen; six seeds, quick size

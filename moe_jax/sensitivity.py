@@ -131,7 +131,8 @@ def sensitivity(
     noise, at least 2. phase: of the draws. routes: (number of the batch, its tokens) -> the trace to replay; None: the clean pass's own. look: gets
     each batch's clean router logits Float[L, T, E] and weight Float[T]. progress: gets the batches done and the share of the next. Nothing else is
     kept of a batch but sums. The same call gives the same bits.
-    Raises ConfigError (a dense model, a spec that does not act in the phase, fewer than 2 seeds, no batch) and TraceError (routes that do not fit).
+    Raises ConfigError (a dense model, a spec that does not act in the phase, fewer than 2 seeds, no batch, ids beyond the
+    vocabulary) and TraceError (routes that do not fit).
     """
     seeds = tuple(seeds)
     if not model.config.moe_layers:
