@@ -21,7 +21,7 @@ study: $(VENV)/.installed
 	$(MEMORY) $(BIN)/python -m launch.study --experiment=noise_factorial:quick --lanes=$(LANES) --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

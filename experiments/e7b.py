@@ -7,6 +7,7 @@ cores, `smollm2` for one GPU, `qwen3_30b` with the recipe of that run for a pod.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moe_jax.rl.config import RLConfig
 from moe_jax.rl.warmup import WarmUp, warm_up
 from moe_jax.studies import Comparison, Design, Factor, Metric, difference
 from moe_jax.studies.design import cell_key
-from moe_jax.studies.run import Experiment, Runner, Workshop
+from moe_jax.studies.run import Experiment, Runner, Workshop, describe_devices
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.loop import Result
 from moe_jax.train.run_folder import RunFolder
@@ -208,7 +209,8 @@ def prepare(size: Size, shop: Workshop, config: RLConfig) -> RLConfig:
     warm = WarmUp(config.model, size.stages[name], config.task, size.batch_size, config.length, seed=config.init_seed, start=begin)
     home, task = shop.folder / config.start / f"seed-{config.init_seed}", problems(shop, config)
     if Checkpoints(home / "checkpoints", warm, task.fingerprint).latest() != warm.updates:
-        with RunFolder(home), Progress(warm.updates, label=f"{config.start}, seed {config.init_seed}") as progress:
+        with RunFolder(home) as folder, Progress(warm.updates, label=f"{config.start}, seed {config.init_seed}") as progress:
+            folder.start(warm, sys.argv, describe_devices())
             warm_up(warm, task, home, progress, shop.stop, shop.mesh)
     return dataclasses.replace(config, start=str(home))
 

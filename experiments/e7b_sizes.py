@@ -123,7 +123,7 @@ SIZES: Mapping[str, Size] = {
         _RUN,
         (2, 3, 4, 5, 6),
         {model: (Stage(_adamw(5e-3, 2000), 2000), Stage(_adamw(3e-3, 200), 200, imperfect=True)) for model in ("moe", "dense")},
-        cost="about an hour and a half on two CPU cores, the ten warm policies included",
+        cost="about 70 minutes on two CPU cores, the ten warm policies included",
         notes=(_CHOSEN, "Two layers and eight experts: whatever 48 layers do to errors, two cannot show."),
     ),
     "smollm2": Size(

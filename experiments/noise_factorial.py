@@ -41,6 +41,9 @@ PERPLEXITY = Metric(
     "Val PPL",
     definition="exp of the token-mean cross-entropy over a fixed set of held-out windows, noise off, at the end of training.",
 )
+PERPLEXITY_BEST = Metric(
+    "val_perplexity_best", "Val PPL, best", definition="The lowest of the evaluations during training and at its end, noise off."
+)
 PERPLEXITY_NOISY = Metric("val_perplexity_noisy", "Val PPL, noise on", definition="The same with the gate's noise on in evaluation too.")
 METRICS = (
     PERPLEXITY,
@@ -170,7 +173,7 @@ def _factorial(preset: str, base: RunConfig) -> Design:
         question=QUESTION,
         factors=(NOISE, BALANCE),
         seeds=(42, 43, 44),
-        metrics=METRICS,
+        metrics=(*METRICS, PERPLEXITY_BEST) if preset == "corrected" else METRICS,
         comparisons=(
             *_noise_effects(),
             *_balance_effects("val_perplexity", "", "Does load balancing lower perplexity", "balance"),

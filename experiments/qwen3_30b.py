@@ -153,8 +153,10 @@ def warm_up(preset: str) -> RunConfig | None:
 
 
 def base(preset: str, weights: str = WEIGHTS, params: str = "bfloat16") -> RunConfig:
-    """A run of the preset, before a study changes it: shape, text and where it begins. weights, params: of the 30B model, a folder and "
-    "the type it has."""
+    """A run of the preset, before a study changes it: shape, text and where it begins.
+
+    weights, params: of the 30B model, a folder and the type it has.
+    """
     before, text, model = warm_up(preset), _TEXTS[preset], _MODELS[preset]
     if before is None:
         model, text = model.replace(dtypes=DTypePolicy(params, "bfloat16")), text.replace(tokenizer=f"{weights}/tokenizer.json")

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -27,14 +27,15 @@ _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
 
 
-def run(main: Callable[[list[str]], int | None], positional: bool = False) -> None:
+def run(main: Callable[[list[str]], int | None], positional: bool = False, resumable: bool = False) -> None:
     """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr, or 1 after a traceback.
 
     `argv` is the program's name, and the arguments that are no flags when the command takes any (`positional`); else those are
-    refused. SIGTERM, SIGUSR1 and Ctrl-C exit with 75, which means: the same command goes on from the last checkpoint.
+    refused. SIGTERM, SIGUSR1 and Ctrl-C exit with 75 where a command is `resumable`, which means: the same command goes on from the last
+    checkpoint. One that has none exits with 128 + the signal's number, and begins anew.
     """
     warnings.formatwarning = _one_line_warning
-    app.run(lambda argv: _exit_code(main, argv), flags_parser=lambda argv: _parse(argv, positional))
+    app.run(lambda argv: _exit_code(main, argv, _stop_now if resumable else _end_now), flags_parser=lambda argv: _parse(argv, positional))
 
 
 def define_set() -> flags.FlagHolder[Any]:
@@ -91,17 +92,17 @@ class MeshFlag:
 # --- errors and exit codes ----------------------------------------------------------------------------------------------------
 
 
-def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+def _exit_code(main: Callable[[list[str]], int | None], argv: list[str], at_signal: Callable[[int, FrameType | None], None]) -> int | None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_now)
+        signal.signal(number, at_signal)
     try:
-        return main(argv)
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            at_signal(signal.SIGINT, None)
     except MoeJaxError as error:
-        _say("stopped" if isinstance(error, Stopped) else "error", str(error))
+        _say("stopped" if isinstance(error, Stopped | _Ended) else "error", str(error))
         return _leave(error.exit_code)
-    except KeyboardInterrupt:
-        _say("stopped", "interrupted; the same command goes on from the last checkpoint")
-        return _leave(Stopped.exit_code)
     except Exception:
         if _process() is None:
             raise
@@ -117,6 +118,16 @@ def tell(line: str) -> None:
 
 def _stop_now(number: int, _: FrameType | None) -> None:
     raise Stopped(f"{signal.Signals(number).name}; the same command goes on from the last checkpoint")
+
+
+class _Ended(MoeJaxError):
+    """A signal's end of a command that keeps nothing to go on from."""
+
+
+def _end_now(number: int, _: FrameType | None) -> None:
+    error = _Ended(f"{signal.Signals(number).name}; the same command begins anew")
+    error.exit_code = 128 + number
+    raise error
 
 
 def _say(kind: str, message: str) -> None:
@@ -148,6 +159,12 @@ def _leave(code: int) -> int:
             sys.stderr.flush()
             os._exit(code)
     return code
+
+
+def listed(items: Iterable[str]) -> str:
+    """'a, b and c'."""
+    items = list(items)
+    return " and ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)
 
 
 _default_format = warnings.formatwarning

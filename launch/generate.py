@@ -60,15 +60,14 @@ def main(argv: list[str]) -> None:
     stop = tuple(sorted({*tokenizer.chat.stops, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))}))
     sampling = Sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, stop, _SEED.value)
     sampler = Sampler(model, _TOP_K.value, bool(_ROUTES.value))
-    began, times = time.monotonic(), []
+    began, seen = time.monotonic(), []
     draw = Draw(seed=_SEED.value, phase="rollout")
-    found = sampler(params, ids, sampling, noise, draw, progress=lambda *_: times.append(time.monotonic()))
+    found = sampler(params, ids, sampling, noise, draw, progress=lambda _, going: seen.append((time.monotonic(), going)))
     for row, prompt in enumerate(prompts):
         ids = found.sampled(row)
         print(f"{prompt}{tokenizer.decode(ids[:-1] if ids[-1] in stop else ids)}\n")
     count = int((found.lengths - found.prompt_lengths).sum())
-    pace = f", {(len(times) - 2) * len(prompts) / (times[-1] - times[1]):.1f} tokens/s after compiling" if len(times) > 3 else ""
-    print(f"{count} tokens of {len(prompts)} sequences in {time.monotonic() - began:.1f} s{pace}", file=sys.stderr)
+    print(f"{count} tokens of {len(prompts)} sequences in {time.monotonic() - began:.1f} s{_pace(seen)}", file=sys.stderr)
     if _ROUTES.value and found.trace is not None:
         from moe_jax.trace_store import write_trace
 
@@ -81,6 +80,14 @@ def main(argv: list[str]) -> None:
             source="rollout",
         )
         print(f"routes: {_ROUTES.value}", file=sys.stderr)
+
+
+def _pace(seen: list[tuple[float, int]]) -> str:
+    """Words for the tokens of sequences that go on, by second. seen: when a step was asked for, and how many sequences the one before it samples for."""
+    if len(seen) < 4:
+        return ""
+    times, going = zip(*seen, strict=True)
+    return f", {sum(going[1:-1]) / (times[-1] - times[1]):.1f} tokens/s after compiling"
 
 
 def _read_prompts() -> list[str]:

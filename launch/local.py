@@ -241,4 +241,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, positional=True)
+    run(main, positional=True, resumable=True)

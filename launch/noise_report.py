@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from launch.common import listed
 from launch.noise_measure import Measurement, Tally, measure
 from moe_jax.errors import ConfigError
 from moe_jax.keys import PASSES, PHASES, Draw
@@ -81,26 +82,21 @@ _KIND_WORDS = {
 }
 
 
-def _listed(items: Iterable[str]) -> str:
-    items = list(items)
-    return " and ".join([*([", ".join(items[:-1])] if items[1:] else []), *items[-1:]])
-
-
 def sentence(name: str, noise: SiteNoise, hit: Sequence[str], config: ModelConfig) -> str:
     """One entry of a spec in words. hit: the sites of this model that it acts on."""
-    what = _WORDS.get(hit[0], f"the matmul {hit[0]}") if len(hit) == 1 else f"the matmuls {_listed(hit)}"
+    what = _WORDS.get(hit[0], f"the matmul {hit[0]}") if len(hit) == 1 else f"the matmuls {listed(hit)}"
     is_value, per_element = hit[0] in names.VALUES, _DRAWS.get(noise.kind, 1)
     passes = ("forward",) if is_value else tuple(name for name in PASSES if name in noise.passes)
-    where = " in the forward pass" if is_value else f" of {_listed(_PASS_WORDS[name] for name in passes)}"
+    where = " in the forward pass" if is_value else f" of {listed(_PASS_WORDS[name] for name in passes)}"
     own = ", each with its own draws" * (len(passes) > 1 and per_element > 0) + ", the same for all tokens" * (hit[0] in names.NORMS)
-    parts = [_how(noise, is_value, where) + own, _listed(_places(noise, hit, config))]
+    parts = [_how(noise, is_value, where) + own, listed(_places(noise, hit, config))]
     parts.append(
         "all phases"
         if set(noise.phases) == set(PHASES)
-        else f"phase{'s' * (len(noise.phases) > 1)} {_listed(name for name in PHASES if name in noise.phases)}"
+        else f"phase{'s' * (len(noise.phases) > 1)} {listed(name for name in PHASES if name in noise.phases)}"
     )
     if noise.reach:
-        parts.append(f"read so by {_listed(noise.reach)} alone")
+        parts.append(f"read so by {listed(noise.reach)} alone")
     if per_element:
         parts.append("a fresh draw each step" if noise.draws == "fresh" else "the same draw in every step")
     if noise.format:
@@ -125,7 +121,7 @@ def _places(noise: SiteNoise, hit: Sequence[str], config: ModelConfig) -> list[s
     by_layers: dict[str, list[str]] = {}
     for site in inside:
         by_layers.setdefault(_layer_words(_layers_of(site, noise, config), config), []).append(site)
-    places = [f"{words}{f' ({_listed(sites)})' * (len(by_layers) > 1)}" for words, sites in by_layers.items()]
+    places = [f"{words}{f' ({listed(sites)})' * (len(by_layers) > 1)}" for words, sites in by_layers.items()]
     return places + [
         f"{site} once, outside the layers" if inside else "once, outside the layers" for site in hit if site in names.OUTSIDE_LAYERS
     ]
@@ -228,7 +224,7 @@ def errors_table(tally: Tally, noise: Noise, tokens: int) -> list[str]:
         lines.append(f"(the layers that are not hit draw too, at scale 0: {everywhere:,} numbers in all)")
     if unmeasured:
         lines.append(
-            f"(no relative error at {_listed(sorted(set(unmeasured)))}: exact values that are all 0 or not finite, or a learned noise, which is added later)"
+            f"(no relative error at {listed(sorted(set(unmeasured)))}: exact values that are all 0 or not finite, or a learned noise, which is added later)"
         )
     return lines
 
@@ -289,7 +285,7 @@ def explain(
         *words(spec, shape),
     ]
     if acting is None:
-        where = f"it acts in {_listed(used)}" if used else "it is empty"
+        where = f"it acts in {listed(used)}" if used else "it is empty"
         return "\n".join([*lines, "", f"In the phase {phase} nothing acts ({where}): its program is that of a model without noise."])
     draw = Draw(jnp.uint32(config.noise_seed), jnp.uint32(config.step), phase)
     found = measure(shape, model.init(config.init_seed), batch, noise, draw, replay)
@@ -298,7 +294,7 @@ def explain(
         lines.append("(no gradient is computed in this phase, so dX and dW draw nothing)")
     others = [name for name in used if name != phase and set(dict(noise.in_phase(name).structure)) != set(dict(acting.structure))]  # type: ignore
     if others:
-        lines.append(f"(other sites act in {_listed(others)}: --phase={others[0]} shows them)")
+        lines.append(f"(other sites act in {listed(others)}: --phase={others[0]} shows them)")
     if found.logits is not None:
         lines += ["", "The routers' logits, clean network, and what became of the choice", *router_table(found, acting, shape)]
     return "\n".join([*lines, "", "What it does", *effect(found, shape)])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +42,6 @@ class Request:
     noise: str
     updates: int | None
 
-    def spec(self) -> str:
-        """The noise; the site "all" stands for every matmul."""
-        return re.sub(r"(^|,)\s*all=", r"\1matmuls=", self.noise)
-
     def given_mesh(self) -> MeshSpec | None:
         return MeshSpec.parse(self.mesh) if self.mesh else None
 
@@ -63,7 +58,7 @@ def make(request: Request, override: Callable[[RunConfig], RunConfig]) -> tuple[
     data = config.data.replace(**{name: value for name, value in (("seq_len", request.seq), ("batch_size", request.batch)) if value})
     model = config.model.replace(**({"remat": request.remat} if request.remat else {}))
     config = dataclasses.replace(
-        config, data=data, model=model, noise=request.spec() or config.noise, updates=request.updates or config.updates
+        config, data=data, model=model, noise=request.noise or config.noise, updates=request.updates or config.updates
     )
     config = override(config)
     config.model.resolve(NoiseSpec.parse(config.noise))
@@ -75,7 +70,7 @@ def _of_study(request: Request) -> tuple[RunConfig, int]:
     from experiments.catalogue import load
 
     configs = [PolicyRun.of(config) if isinstance(config, RLConfig) else config for config in load(str(request.experiment)).configs()]
-    return max(configs, key=lambda config: report.noise_sites(config.noise)), len(configs)
+    return max(configs, key=lambda config: len(NoiseSpec.parse(config.noise).by_site())), len(configs)
 
 
 def describe(config: RunConfig, devices: Topology, request: Request) -> str:
@@ -135,11 +130,12 @@ def would_fit(config: RunConfig, name: str, keep_remat: bool) -> tuple[str, ...]
 
 def command(plan, request: Request) -> str:
     """The launch.train that runs the planned step of a preset; of a study its launch.study, and what the plan has otherwise than its runs."""
+    mesh = f" --mesh={plan.mesh}" if plan.mesh.size > 1 else ""
     if not request.preset:
         own = dataclasses.replace(_of_study(request)[0], noise="")
         changed = config_tools.differences(own, plan.config)
         otherwise = f", but for what the study sets otherwise: {'; '.join(changed)}" if changed else ""
-        return f"python -m launch.study --experiment={request.experiment} --mesh={plan.mesh} --workdir=…{otherwise}"
+        return f"python -m launch.study --experiment={request.experiment}{mesh} --workdir=…{otherwise}"
     changed = {}
     for prefix, now, usual in (
         ("model", plan.config.model, ModelConfig.preset(request.preset)),
@@ -157,4 +153,4 @@ def command(plan, request: Request) -> str:
     }
     sets = " ".join(f"--set {name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in changed.items())
     noise = f" --noise={plan.noise}" if plan.noise else ""
-    return f"python -m launch.train --preset={request.preset} --mesh={plan.mesh} --steps={plan.config.updates}{noise} {sets} --workdir=…"
+    return f"python -m launch.train --preset={request.preset}{mesh} --steps={plan.config.updates}{noise} {sets} --workdir=…"

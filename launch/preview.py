@@ -10,6 +10,7 @@ from moe_jax.rl.config import RLConfig
 from moe_jax.studies.run import Experiment
 from moe_jax.train.data import describe
 from moe_jax.train.loop import RunConfig
+from moe_jax.train.writers import duration_text
 
 # Sustained matmul rates behind the cost estimate, FLOP/s: two CPU cores of the Zen 4 class (float32, measured), and 40 % of an H100's
 # 989e12 in bfloat16.
@@ -154,19 +155,16 @@ def training_flops(config: RunConfig, model: Model) -> float:
 
 
 def _cost(experiment: Experiment, configs: list[RunConfig], model: Model) -> list[str]:
-    lines = [f"cost        {experiment.cost}"]
     if not configs:
-        return lines
+        return [f"cost        {experiment.cost}"]
     total = sum(training_flops(config, model) for config in configs)
-    lines += [f"            {total:.2e} FLOPs of training in all runs; at a sustained"]
-    for name, rate in RATES.items():
-        seconds = total / rate
-        words = (
-            f"{seconds / 3600:.1f} hours"
-            if seconds > 7200
-            else f"{seconds / 60:.1f} minutes"
-            if seconds > 120
-            else f"{seconds:.0f} seconds"
-        )
-        lines.append(f"            {rate / 1e12:g} TFLOP/s ({name}): {words}, evaluation and Newton-Schulz not counted")
-    return lines
+    first, *rates = cost_lines(total)
+    return [f"cost        {experiment.cost}", *(f"            {line}" for line in (f"{first} in all runs; at a sustained", *rates))]
+
+
+def cost_lines(flops: float) -> list[str]:
+    """What so many FLOPs are, and how long they take on known machines."""
+    return [f"{flops:.2e} FLOPs of training"] + [
+        f"{rate / 1e12:g} TFLOP/s ({name}): {duration_text(flops / rate)}, evaluation and Newton-Schulz not counted"
+        for name, rate in RATES.items()
+    ]

@@ -4,8 +4,9 @@
   python -m launch.train --preset=quick --start=runs/quick --steps=200 --noise=matmuls=relative:0.05 --replay=routes/reference --workdir=runs/held
 
 The routes are those of the batches that launch.train reads in its first --steps updates with the same text, --seed and sizes (or of the
-validation windows), without dropout, and without noise unless --noise asks for it. Experts and weights are stored (--ids_only: experts), with
-the tokens, so that a replay over other text is refused. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
+validation windows), without dropout, and without noise unless --noise asks for it, which makes them `noisy` routes instead of a `reference`.
+Experts and weights are stored (--ids_only: experts), with the tokens, so that a replay over other text is refused.
+Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
 """
 
 from absl import flags
@@ -32,22 +33,23 @@ def main(argv: list[str]) -> None:
     from moe_jax.model import Model
     from moe_jax.noise import NoiseSpec
     from moe_jax.train.data import build
-    from moe_jax.train.record import record, trace_info
+    from moe_jax.train.record import record, source_of, trace_info
     from moe_jax.train.saved import load_model
 
     saved = load_model(_MODEL.value)
     text = saved.check_words(apply_overrides(saved.text(_DATA.value), _SET.value))
     seed = (saved.run.data_seed if saved.run else 0) if _SEED.value is None else _SEED.value
     noise = NoiseSpec.parse(_NOISE.value) if _NOISE.value else None
-    if noise is not None:
-        saved.config.resolve(noise)
-    data = build(text, seed)
+    source = source_of(saved.config, noise, _SPLIT.value)
+    data, steps = build(text, seed), _STEPS.value
     rows = text.accumulation * text.batch_size if _SPLIT.value == "train" else text.batch_size
-    info = trace_info(saved.config, data, rows, "reference", not _IDS_ONLY.value)
-    tokens = _STEPS.value * rows * text.seq_len
+    if _SPLIT.value == "validation":
+        steps = min(steps, -(-data.describe()["evaluated_windows"] // rows))
+    info = trace_info(saved.config, data, rows, source, not _IDS_ONLY.value)
+    tokens = steps * rows * text.seq_len
     print(
-        f"{_STEPS.value} steps of {rows} x {text.seq_len} tokens of {text.source} ({_SPLIT.value}), seed {seed}, {noise or 'no noise'}; "
-        f"{len(info.layers)} routing layers, {info.top_k} of {info.num_experts} experts"
+        f"{steps} steps of {rows} x {text.seq_len} tokens of {text.source} ({_SPLIT.value}), seed {seed}, {noise or 'no noise'} "
+        f"(source: {source}); {len(info.layers)} routing layers, {info.top_k} of {info.num_experts} experts"
     )
     print(f"{info.bytes_per_token} bytes of experts a token, {info.bytes_per_token * tokens / 1e6:,.1f} MB in all before compression")
     if _DRY_RUN.value:
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
         saved.params,
         data,
         _OUT.value,
-        _STEPS.value,
+        steps,
         noise=noise,
         weights=info.weights,
         split=_SPLIT.value,

@@ -99,4 +99,4 @@ def _print(found, per_step: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from launch import sensitivity_figures as figures
+from launch.common import listed
 from launch.sensitivity_logits import EXAMPLE_CHOSEN, SCALES, Logits, example
 from launch.sensitivity_tables import (
     MOVED,
@@ -27,7 +28,7 @@ from launch.sensitivity_tables import (
     experts_table,
     first_table,
     layers_table,
-    listed,
+    load_table,
     logits_table,
     lower,
     margins_table,
@@ -73,7 +74,8 @@ def build(found: Sensitivity, about: About, logits: Logits, folder: Path) -> tup
     blocks += [Heading("What the noise did to the routers"), layers_table(found, logits.predicted)]
     blocks += draw(figures.layers_figure, found, WORDS, logits.predicted)
     blocks += [first_table(found), amplification_table(found), Heading("Which tokens flip"), margins_table(found)]
-    blocks += [*draw(figures.margins_figure, found, WORDS), Heading("The routers' logits"), logits_table(found), experts_table(found)]
+    blocks += [*draw(figures.margins_figure, found, WORDS), Heading("The routers' logits"), logits_table(found)]
+    blocks += [Heading("The experts"), load_table(found), experts_table(found)]
     if not logits.selection_bias:  # it works on bare logits, which then do not say the routes
         blocks += [Heading("Appendix: what x % noise on the logits does to the chosen experts"), *appendix(logits.redone, about)]
         blocks += draw(figures.appendix_figure, logits.redone, example()[1], MOVED, example()[0] / EXAMPLE_CHOSEN)

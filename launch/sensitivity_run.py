@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from launch.sensitivity_logits import Logits
 from launch.sensitivity_report import build
 from launch.sensitivity_tables import About
-from moe_jax.config_tools import config_dict
+from moe_jax.config_tools import config_dict, flatten
 from moe_jax.errors import ConfigError
 from moe_jax.model import Model
 from moe_jax.noise import Noise, NoiseSpec
@@ -48,8 +47,7 @@ class Config:
                 raise ConfigError(f"{field} must be at least {least}, got {getattr(self, field)}")
 
     def spec(self) -> NoiseSpec:
-        """The noise; the site "all" stands for every matmul, as no site does."""
-        return NoiseSpec.parse(re.sub(r"(^|,)\s*all=", r"\1matmuls=", self.noise))
+        return NoiseSpec.parse(self.noise)
 
 
 def make_config(saved: Saved, model: str, source: str | None, length: int | None, given: dict[str, Any]) -> Config:
@@ -119,7 +117,7 @@ def measure(config: Config, saved: Saved, folder: Path, mesh: Mesh | None = None
         config.phase,
         shape.num_experts,
         shape.experts_per_token,
-        settings=tuple((name, str(value)) for name, value in _flat(config).items()),
+        settings=tuple((name, str(value)) for name, value in flatten(config).items() if name != "replay"),
     )
     if recorded is not None:
         about = dataclasses.replace(
@@ -132,12 +130,6 @@ def _routes(config: Config, saved: Saved, weights: bool):
     """(batch, its tokens) -> the recorded routes, verified, of these tokens."""
     store = Routes(str(config.replay), saved.config, config.batch, config.data.seq_len, "ids+weights" if weights else "ids")
     return lambda index, tokens: store.of(index, tokens).trace
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    from moe_jax.config_tools import flatten
-
-    return {name: value for name, value in flatten(config).items() if name != "replay"}
 
 
 class _Progress:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from launch.common import listed
 from launch.sensitivity_figures import margin_labels
 from launch.sensitivity_logits import EXAMPLE_CHOSEN, EXAMPLE_EXPERTS, SCALES, SHIFTS, example
 from moe_jax import routing_stats
@@ -200,11 +201,13 @@ def amplification_table(found: Sensitivity) -> Table:
 
 def margins_table(found: Sensitivity) -> Table:
     """Observed and predicted flips by margin / sigma."""
-    header, columns = ["margin / sigma"], []
+    header, columns, explained = ["margin / sigma"], [], []
     for of in WORDS:
         if of in found.routers:
             tokens, flips, predicted = (found.routers[of][f"margin/{name}"].sum((0, 1)) for name in ("tokens", "flips", "predicted"))
             header += [f"tokens: {of}", f"flipped: {of}", f"predicted: {of}"]
+            share = float(routing_stats.explained_share({"flips": flips, "predicted": predicted}))
+            explained.append(f"{of} {percent(share) if flips.sum() else '-'}")
             part = np.maximum(tokens, 1)
             columns += [
                 [percent(x) for x in tokens / tokens.sum()],
@@ -215,6 +218,7 @@ def margins_table(found: Sensitivity) -> Table:
         "margin: how far the last chosen expert leads the next in the clean pass; sigma: rms change of that lead "
         "in the layer; predicted: Phi(-margin / sigma), by these two experts alone. "
         f"{_passes(found)}",
+        "Share of all flips that the prediction accounts for, bin by bin: " + ", ".join(explained) + ".",
     )
     return Table("Share of tokens whose set of experts changed, by margin", tuple(header), rows, notes=notes)
 
@@ -243,6 +247,22 @@ def logits_table(found: Sensitivity) -> Table:
         "rms error: of the logits with all noise, without the shift that all experts of a token share.",
     )
     return Table("Router logits, clean and with all noise", header, tuple(rows), notes=notes)
+
+
+def load_table(found: Sensitivity) -> Table:
+    """How evenly the experts are used in each layer, clean and with all noise."""
+    passes = {"clean": found.routers["clean"]["load"], "all noise": found.routers["all"]["load"]}
+    numbers = {
+        f"{what}, {of}": np.asarray(measure(load)).mean(0)
+        for what, measure in (("load CV", routing_stats.load_cv), ("dead experts", routing_stats.dead_experts))
+        for of, load in passes.items()
+    }
+    rows = tuple(
+        (layer, *(f"{x[index].mean():.{2 if name.startswith('dead') else 4}f}" for name, x in numbers.items()))
+        for index, layer in [*enumerate(map(str, found.layers)), (slice(None), "mean of the layers")]
+    )
+    notes = ("load CV: standard deviation over mean of the assignments of a layer's experts; dead: experts without any; means over seeds.",)
+    return Table("Load of the experts", ("layer", *numbers), rows, notes=notes)
 
 
 def experts_table(found: Sensitivity) -> Table:
@@ -321,10 +341,6 @@ def clean_loss(found: Sensitivity) -> float:
 
 def name_of(found: Sensitivity, factor: str) -> str:
     return f"the {factor}" + (f" ({', '.join(found.factors['rest'])})" if factor == "rest" else "")
-
-
-def listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def with_interval(found: Contrast, decimals: int, sign: bool = False) -> str:

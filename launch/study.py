@@ -116,4 +116,4 @@ def _report(experiment, workdir: Path, report) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -5,6 +5,7 @@
   python -m launch.train --preset=small --mesh=data=2,expert=4 --workdir=runs/eight
   python -m launch.train --start=runs/clean --replay=routes/clean --noise=matmuls=relative:0.05 --workdir=runs/held
 
+Products are of float32 on a CPU and of bfloat16 on a GPU or TPU (--set model.dtypes.compute=float32), summed in float32.
 Writes config.json, versions.json, command.txt, metrics.jsonl and checkpoints into the workdir and prints the final evaluation.
 Exit codes: 0 done, 1 a loss or gradient was not finite, 2 usage or config, 3 data, 4 checkpoint or trace, 75 stopped and resumable.
 """
@@ -66,15 +67,18 @@ def main(argv: list[str]) -> None:
 
 
 def make_config():
-    """The RunConfig that the flags name."""
-    from moe_jax.model import ModelConfig
+    """The RunConfig that the flags name; fresh models compute in bfloat16 on an accelerator, unless --set says otherwise."""
+    from moe_jax.model import DTypePolicy, ModelConfig
     from moe_jax.optim.plan import OptimizerConfig
+    from moe_jax.platforms import platform
     from moe_jax.train.run_config import RunConfig
     from moe_jax.train.saved import load_model
     from moe_jax.train.step import Objective
 
     start = load_model(_START.value or _PRESET.value or "quick")
     model = ModelConfig.preset(_PRESET.value) if _PRESET.value else start.config
+    if not _START.value and platform() != "cpu":
+        model = model.replace(dtypes=DTypePolicy(model.dtypes.params, "bfloat16"))
     data = start.text(_DATA.value)
     steps = _STEPS.value
     optimizer = OptimizerConfig(warmup=steps // 20, total=steps)
@@ -88,6 +92,7 @@ def make_config():
 def _describe(config) -> None:
     import json
 
+    from launch.preview import cost_lines, training_flops
     from moe_jax.config_tools import config_dict
     from moe_jax.train.run_config import parse_aqn
 
@@ -99,6 +104,7 @@ def _describe(config) -> None:
         stages = parse_aqn(config.aqn).stage_table(config.updates)
         print("sigma of AQN from update: " + ", ".join(f"{first} {sigma:.3g}" for first, sigma in stages))
     print(f"{model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token")
+    print("1 program for training, 1 for evaluation", *cost_lines(training_flops(config, model)), sep="\n")
 
 
 def _train(config, workdir: Path) -> None:
@@ -121,4 +127,4 @@ def _train(config, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumable=True)

@@ -5,47 +5,22 @@ Names are imported when first used, so that `import moe_jax.studies` (tables and
 
 import importlib
 
-_WHERE = {
-    "ModelConfig": "moe_jax.model",
-    "DTypePolicy": "moe_jax.model",
-    "Model": "moe_jax.model",
-    "Output": "moe_jax.model",
-    "Draw": "moe_jax.keys",
-    "NoiseSpec": "moe_jax.noise",
-    "SiteNoise": "moe_jax.noise",
-    "RoutingDecision": "moe_jax.routing",
-    "RoutingTrace": "moe_jax.routing",
-    "Replay": "moe_jax.replay",
-    "TraceInfo": "moe_jax.trace_store",
-    "TraceReader": "moe_jax.trace_store",
-    "TraceWriter": "moe_jax.trace_store",
-    "read_trace": "moe_jax.trace_store",
-    "write_trace": "moe_jax.trace_store",
-    "load_model": "moe_jax.train.saved",
-    "MeshSpec": "moe_jax.mesh",
-    "load_hf": "moe_jax.hf.load",
-    "save_hf": "moe_jax.hf.save",
-    "Sampling": "moe_jax.generate",
-    "Sampler": "moe_jax.generate",
+_NAMES = {
+    "model": "ModelConfig DTypePolicy Model Output",
+    "keys": "Draw",
+    "noise": "NoiseSpec SiteNoise",
+    "routing": "RoutingDecision RoutingTrace",
+    "replay": "Replay",
+    "trace_store": "TraceInfo TraceReader TraceWriter read_trace write_trace",
+    "train.saved": "load_model",
+    "mesh": "MeshSpec",
+    "hf.load": "load_hf",
+    "hf.save": "save_hf",
+    "generate": "Sampling Sampler",
 }
+_WHERE = {name: f"moe_jax.{module}" for module, names in _NAMES.items() for name in names.split()}
 _MODULES = (
-    "dispatch",
-    "experts",
-    "generate",
-    "hf",
-    "keys",
-    "losses",
-    "mesh",
-    "model",
-    "noise",
-    "optim",
-    "rl",
-    "routing",
-    "routing_stats",
-    "sensitivity",
-    "studies",
-    "train",
-    "upcycle",
+    "dispatch experts generate hf keys losses mesh model noise optim rl routing routing_stats sensitivity studies train upcycle".split()
 )
 
 __all__ = [*_WHERE, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 
 # What a parameter is for. The optimizer, the freezes and the noise are chosen by role, never by a substring of a path or by ndim.
 ROLES = ("embedding", "head", "norm", "bias", "hidden", "expert", "router", "selection_bias")
@@ -41,8 +41,7 @@ class ParamSpec:
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ConfigError(f"a parameter of shape {self.shape} needs {len(self.shape)} axis names, got {self.axes}")
-        if self.role not in ROLES:
-            raise ConfigError(f"unknown role {self.role!r}{nearest(self.role, ROLES)}; known: {', '.join(ROLES)}")
+        check_known("role", self.role, ROLES)
 
     @property
     def size(self) -> int:

@@ -66,6 +66,20 @@ def differences(old: Any, new: Any) -> list[str]:
     return lines
 
 
+def rebuild(kind: Any, value: Any, where: str) -> Any:
+    """The dataclass that `config_dict` made `value` of; a field that it lacks gets its default. Raises ConfigError naming fields that are unknown or needed."""
+    if not dataclasses.is_dataclass(kind):
+        of = (*typing.get_args(kind), Any)[0]  # of tuple[X, ...] the X
+        return tuple(rebuild(of, part, where) for part in value) if isinstance(value, list) else value
+    fields, kinds = dataclasses.fields(kind), typing.get_type_hints(kind)
+    unknown = [name for name in value if name not in kinds]
+    lacking = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING and f.name not in value]
+    if unknown or lacking:
+        wrong = f"has no {', '.join(unknown)} here{nearest(unknown[0], kinds)}" if unknown else f"lacks {', '.join(lacking)}"
+        raise ConfigError(f"{where} was written by other code: {kind.__name__} {wrong}")  # type: ignore[union-attr]
+    return kind(**{name: rebuild(kinds[name], part, where) for name, part in value.items()})  # type: ignore[operator]
+
+
 def _text(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value, sort_keys=True)
 
@@ -158,10 +172,8 @@ def parse(name: str, kind: Any, text: str) -> Any:
         return _tuple(name, arguments, text)
     if kind is bool:
         return _bool(name, text)
-    if kind is int:
-        return _int(name, text)
-    if kind is float:
-        return _float(name, text)
+    if kind is int or kind is float:
+        return _number(name, kind, text)
     if kind is str:
         return text
     raise ConfigError(f"--set {name}={text}: this field holds {_kind_text(kind)} and cannot be set on the command line")
@@ -215,18 +227,11 @@ def _bool(name: str, text: str) -> bool:
     raise _wrong(name, text, "true or false")
 
 
-def _int(name: str, text: str) -> int:
+def _number(name: str, kind: type[int] | type[float], text: str) -> int | float:
     try:
-        return int(text)
+        value = kind(text)
     except ValueError:
-        raise _wrong(name, text, "a whole number") from None
-
-
-def _float(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise _wrong(name, text, "a number") from None
-    if not math.isfinite(value):
+        raise _wrong(name, text, "a whole number" if kind is int else "a number") from None
+    if kind is float and not math.isfinite(value):
         raise _wrong(name, text, "a finite number")
     return value

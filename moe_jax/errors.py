@@ -4,7 +4,8 @@ Codes: 0 done, 1 anything unforeseen or a non-finite value, 2 usage or config, 3
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class MoeJaxError(Exception):
@@ -73,3 +74,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" for the closest known name, or "" when none is close: made to end a message."""
     close = closest(name, known)
     return f" (did you mean '{close}'?)" if close else ""
+
+
+def check_known(what: str, value: Any, known: Collection[Any]) -> None:
+    """Raises ConfigError, with the nearest name and all names, where `value` is none of `known`; None and "" among these are taken and not listed."""
+    if value not in known:
+        names = [name for name in known if name]
+        raise ConfigError(f"unknown {what} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.errors import nearest
+from moe_jax.errors import check_known
 
 ACTIVATIONS: Mapping[str, Callable] = {
     "silu": jax.nn.silu,
@@ -41,10 +41,7 @@ class Experts:
     first: Any = 0  # global number of the first of these experts, where they are a part of all: a coordinate of the weight gradients' draws
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}"
-            )
+        check_known("activation", self.activation, ACTIVATIONS)
 
     @property
     def gated(self) -> bool:

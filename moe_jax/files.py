@@ -1,9 +1,24 @@
 """Files that are there whole or not at all, whatever moment a process dies."""
 
+import json
 import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+
+def read_object(path: str | os.PathLike[str], error: type[Exception]) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is no file; raises `error` for one that cannot be read or holds something else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"cannot read {path}: {getattr(problem, 'strerror', None) or str(problem)[:100]}") from None
+    if not isinstance(value, dict):
+        raise error(f"cannot read {path}: it holds {type(value).__name__}, no object")
+    return value
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import check_known
+
 PHASES = ("rollout", "old_logprob", "train", "eval")
 PASSES = ("forward", "grad_input", "grad_weight")
 
@@ -56,8 +58,7 @@ class Draw:
 
     def __post_init__(self):
         for phase in (self.phase, self.like or self.phase):
-            if phase not in PHASES:
-                raise ValueError(f"unknown phase {phase!r}; known: {', '.join(PHASES)}")
+            check_known("phase", phase, PHASES)
 
     def key(self, fixed: bool = False) -> jax.Array:
         """The key UInt32[2] of this seed, phase and step; `fixed` leaves the step out, for what is the same in each, as a device's pattern."""

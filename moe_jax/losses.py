@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from moe_jax.dots import dot
-from moe_jax.errors import Unsupported
+from moe_jax.errors import Unsupported, check_known
 from moe_jax.manual import total, vary_like
 from moe_jax.platforms import platform
 from moe_jax.products import matmul, partial_sums, product, sum_count, weight_gradient
@@ -24,12 +24,12 @@ BLOCK = 2048  # words at a time on a CPU, whose cache holds their logits
 def cross_entropy(
     hidden: Float[Array, "T D"],
     head: Float[Array, "V D"],
-    targets: Int[Array, "T"],
+    targets: Integer[Array, "T"],
     weights: Float[Array, "T"],
     chunk: str = "tokens",
     size: int = 2048,
     operator: Any = None,
-    rows: Int[Array, "T"] | None = None,
+    rows: Integer[Array, "T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, tuple[jax.Array, jax.Array]]]:
     """Sum over tokens of weights * (-log softmax(hidden head^T)[target]) in nats, and metrics.
 
@@ -43,8 +43,7 @@ def cross_entropy(
     if len(set(sizes)) > 1:
         raise ValueError(f"hidden, targets and weights must hold the same tokens, got {sizes}")
     functions = {"tokens": _by_tokens, "vocabulary": _by_vocabulary, "none": _whole}
-    if chunk not in functions:
-        raise ValueError(f"unknown loss chunk {chunk!r}; known: {', '.join(functions)}")
+    check_known("loss chunk", chunk, functions)
     if operator is not None and chunk == "vocabulary":
         raise Unsupported("noise at lm_head needs the logits of all words at once; set loss_chunk to tokens or none")
     rows = jnp.arange(targets.shape[0]) if rows is None else rows
@@ -57,10 +56,10 @@ def cross_entropy(
 def token_log_probs(
     hidden: Float[Array, "T D"],
     head: Float[Array, "V D"],
-    targets: Int[Array, "T"],
+    targets: Integer[Array, "T"],
     size: int = 2048,
     operator: Any = None,
-    rows: Int[Array, "T"] | None = None,
+    rows: Integer[Array, "T"] | None = None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
     """Of each token log softmax(hidden head^T)[target] and the entropy of that softmax, in nats; `size` tokens at a time. Gives no gradient.
 
@@ -226,7 +225,7 @@ def _by_vocabulary(hidden, head, targets, weights, operator, rows, size):
 
 
 def balance_loss(
-    logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", normalisation: str = "assignments", sequences: int = 1
+    logits: Float[Array, "T E"], ids: Integer[Array, "T K"], score: str = "softmax", normalisation: str = "assignments", sequences: int = 1
 ) -> Float[Array, ""]:
     """E * sum_e f_e P_e of one layer (Fedus et al. 2021, eq. 4-6): f_e the share of the T*K assignments, P_e the mean score; 1 at balance.
 
@@ -234,8 +233,7 @@ def balance_loss(
     through f. score="sigmoid" takes each token's sigmoid scores divided by their sum. sequences: the tokens are so many sequences, each with a loss of
     its own, of which this is the mean.
     """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
+    check_known("normalisation", normalisation, NORMALISATIONS)
     if sequences > 1:
         cut = (x.reshape(sequences, -1, x.shape[-1]) for x in (logits, ids))
         return jax.vmap(lambda logits, ids: balance_loss(logits, ids, score, normalisation))(*cut).mean()
@@ -244,7 +242,7 @@ def balance_loss(
     return logits.shape[-1] * (share * scores).sum()
 
 
-def balance_parts(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax") -> tuple[jax.Array, jax.Array]:
+def balance_parts(logits: Float[Array, "T E"], ids: Integer[Array, "T K"], score: str = "softmax") -> tuple[jax.Array, jax.Array]:
     """(assignments of each expert [E], its mean score P [E], through which gradients pass): what a balance loss is made of."""
     experts = logits.shape[-1]
     counts = (ids[..., None] == jnp.arange(experts)).sum((0, 1), dtype=jnp.float32)

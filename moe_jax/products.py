@@ -49,7 +49,7 @@ def weight_gradient(operator: Any, sums: tuple[jax.Array, ...], w: Array, first:
 
 def matmul(
     x: Float[Array, "... M"],
-    w: Float[Array, "M N"] | Float[Array, "G M N"],
+    w: Float[Array, "..."],
     operator: Any = None,
     rows: Int[Array, "..."] | None = None,
     sizes: Int[Array, "G"] | None = None,
@@ -60,7 +60,7 @@ def matmul(
 ) -> Float[Array, "... N"]:
     """x @ w in the type of x, summed and returned in float32; dX comes in the type of x, dW in that of w.
 
-    sizes: w is [G, M, N] and multiplies that many rows of x [R, M] each, in order. transposed: w is [N, M]. rows: the logical numbers of x's rows;
+    w: [M, N]. sizes: w is [G, M, N] and multiplies that many rows of x [R, M] each, in order. transposed: w is [N, M]. rows: the logical numbers of x's rows;
     first: that of w's first row; both are coordinates of the operator's draws and not needed without one. precision: of the multiplications, default the
     platform's own. divided: the compiler divides x over a mesh, which it cannot where a layout is asked for.
     """

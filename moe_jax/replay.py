@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
-from moe_jax.errors import ConfigError, TraceError, nearest
+from moe_jax.errors import ConfigError, TraceError, check_known
 from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
 
 WHAT = ("ids", "ids+weights")
@@ -51,9 +51,7 @@ class Replay:
             ("load", POLICIES),
             ("selection_bias", POLICIES),
         ):
-            value = getattr(self, field)
-            if value not in known:
-                raise ConfigError(f"unknown replay {field} {value!r}{nearest(str(value), known)}; known: {', '.join(known)}")
+            check_known(f"replay {field}", getattr(self, field), known)
         if self.what == "ids+weights" and isinstance(self.trace, RoutingTrace) and self.trace.weights is None:
             raise ConfigError("replay of ids+weights needs a trace with weights, and this one has none; record with weights or replay ids")
 
@@ -76,7 +74,7 @@ class Replay:
         twice = jnp.triu(ids[:, :, None] == ids[:, None, :], 1).any((1, 2))
         return ((ids < num_experts).all(-1) & ~twice)[:, None]
 
-    def ids(self, live: Int[Array, "T K"], recorded: Bool[Array, "T 1"]) -> Int[Array, "T K"]:
+    def ids(self, live: Integer[Array, "T K"], recorded: Bool[Array, "T 1"]) -> Integer[Array, "T K"]:
         """The experts to take."""
         return jnp.where(recorded, self.trace.ids.reshape(live.shape).astype(live.dtype), live)
 
@@ -86,7 +84,7 @@ class Replay:
         return live if weights is None else jnp.where(recorded, weights.reshape(live.shape), live)
 
     def counts(
-        self, live: Int[Array, "T K"], used: Int[Array, "T K"], recorded: Bool[Array, "T 1"]
+        self, live: Integer[Array, "T K"], used: Integer[Array, "T K"], recorded: Bool[Array, "T 1"]
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """replay/live_rows: of all rows, those routed live. replay/set_overlap: of recorded experts, those that the router would have chosen."""
         rows = recorded.sum(dtype=jnp.float32)
@@ -98,8 +96,7 @@ class Replay:
 def check_freeze(freeze: Sequence[str]) -> tuple[str, ...]:
     """The names of what is frozen; raises ConfigError for an unknown one."""
     for name in freeze:
-        if name not in FREEZES:
-            raise ConfigError(f"unknown freeze {name!r}{nearest(str(name), FREEZES)}; known: {', '.join(FREEZES)}")
+        check_known("freeze", name, FREEZES)
     return tuple(freeze)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
-from moe_jax.errors import nearest
+from moe_jax.errors import check_known
 
 SCORES = ("softmax", "sigmoid")
 
@@ -21,7 +21,7 @@ SCORES = ("softmax", "sigmoid")
 class RoutingDecision:
     """What dispatch receives: for each token its K experts and their weights."""
 
-    ids: Int[Array, "T K"]  # 0..E-1, in descending score
+    ids: Integer[Array, "T K"]  # 0..E-1, in descending score
     weights: Float[Array, "T K"]  # float32
 
 
@@ -30,9 +30,9 @@ class RoutingDecision:
 class RoutingTrace:
     """The decisions of all MoE layers in global batch order; ids in the narrowest unsigned type, whose largest value means "not recorded"."""
 
-    ids: Int[Array | np.ndarray, "L B S K"]  # uint8 up to 255 experts, uint16 above
+    ids: Integer[Array | np.ndarray, "L B S K"]  # uint8 up to 255 experts, uint16 above
     weights: Float[Array | np.ndarray, "L B S K"] | None  # float32; None where only ids were recorded
-    layer_index: Int[Array | np.ndarray, "L"]  # absolute layer in the model, dense layers counted
+    layer_index: Integer[Array | np.ndarray, "L"]  # absolute layer in the model, dense layers counted
 
     @property
     def valid(self):
@@ -59,10 +59,10 @@ def router_logits(x: Float[Array, "T D"], w: Float[Array, "D E"], dot=None) -> F
 def select(
     logits: Float[Array, "T E"],
     k: int,
-    replay_ids: Int[Array, "T K"] | None = None,
+    replay_ids: Integer[Array, "T K"] | None = None,
     bias: Float[Array, "E"] | None = None,
     top_k: Callable = jax.lax.top_k,
-) -> Int[Array, "T K"]:
+) -> Integer[Array, "T K"]:
     """The k experts of each token, in descending score; a tie goes to the lower expert id. No gradient passes.
 
     replay_ids: recorded experts, returned as they are. bias: selection bias [E], added to the scores here and nowhere else (DeepSeek-V3,
@@ -85,15 +85,16 @@ def ranked(logits: Float[Array, "T E"], bias: Float[Array, "E"] | None = None) -
     return logits if bias is None else jax.nn.sigmoid(logits) + bias
 
 
-def combine(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "softmax", renormalise: bool = True) -> Float[Array, "T K"]:
+def combine(
+    logits: Float[Array, "T E"], ids: Integer[Array, "T K"], score: str = "softmax", renormalise: bool = True
+) -> Float[Array, "T K"]:
     """The weight of each chosen expert, float32, gathered from the dense logits so that the router always has a gradient.
 
     softmax, renormalise=True: softmax over the K chosen logits (Mixtral, Qwen3 norm_topk_prob), which equals softmax over E, gather,
     divide by their sum. softmax, renormalise=False: softmax over E, gather (OLMoE). sigmoid: sigmoid, gather, and divide by their sum if
     renormalise (DeepSeek-V3).
     """
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}{nearest(score, SCORES)}; known: {', '.join(SCORES)}")
+    check_known("score", score, SCORES)
     if score == "sigmoid":
         chosen = jnp.take_along_axis(jax.nn.sigmoid(logits), ids, axis=-1)
         # 1e-20 as in DeepSeek's code: scores that all underflow give weights of 0, not nan
@@ -103,7 +104,7 @@ def combine(logits: Float[Array, "T E"], ids: Int[Array, "T K"], score: str = "s
     return jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), ids, axis=-1)
 
 
-def expert_load(ids: Int[Array, "T K"], num_experts: int, weights: Float[Array, "T"] | None = None) -> Float[Array, "E"]:
+def expert_load(ids: Integer[Array, "T K"], num_experts: int, weights: Float[Array, "T"] | None = None) -> Float[Array, "E"]:
     """How many of the T*K assignments go to each expert, float32 (exact up to 2**24 of them); a token with weight 0 does not count."""
     hits = ids[..., None] == jnp.arange(num_experts, dtype=ids.dtype)
     return (hits if weights is None else hits * weights[:, None, None]).sum((0, 1), dtype=jnp.float32)

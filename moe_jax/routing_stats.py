@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr, ndtr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from moe_jax import routing
 
@@ -80,7 +81,7 @@ def explained_by_margin(
     return dict(zip(("tokens", "flips", "predicted"), jnp.zeros((3, len(MARGIN_EDGES) - 1)).at[:, where].add(rows), strict=True))
 
 
-def explained_share(table: dict[str, Float[Array, "bins"]]) -> Float[Array, ""]:
+def explained_share(table: dict[str, Float[Array | np.ndarray, "bins"]]) -> Float[Array, ""]:
     """The share of observed flips that the prediction accounts for, bin by bin (what it predicts too many in one bin excuses none in
     another): 1 when no bin has more flips than predicted, nan when nothing flipped."""
     return jnp.minimum(table["flips"], table["predicted"]).sum() / table["flips"].sum()
@@ -128,8 +129,8 @@ def _chance_of_change(k: int, ranked: Float[Array, "E"], sigma: Float[Array, "E"
 
 
 def compare(
-    ids_a: Int[Array, "T K"],
-    ids_b: Int[Array, "T K"],
+    ids_a: Integer[Array, "T K"],
+    ids_b: Integer[Array, "T K"],
     logits_a: Float[Array, "T E"] | None = None,
     logits_b: Float[Array, "T E"] | None = None,
     weights_a: Float[Array, "T K"] | None = None,
@@ -162,7 +163,7 @@ def compare(
 
 
 def gained_lost(
-    ids_a: Int[Array, "T K"], ids_b: Int[Array, "T K"], num_experts: int, valid: Bool[Array, "T"] | None = None
+    ids_a: Integer[Array, "T K"], ids_b: Integer[Array, "T K"], num_experts: int, valid: Bool[Array, "T"] | None = None
 ) -> tuple[Float[Array, "E"], Float[Array, "E"]]:
     """(gained, lost): for each expert the tokens that chose it in b only, and in a only; tokens as in `compare`."""
     match, counted = _match(ids_a, ids_b), _counted(ids_a, ids_b, valid)
@@ -174,28 +175,28 @@ def gained_lost(
     return load(ids_b, ~match.any(-2)), load(ids_a, ~match.any(-1))
 
 
-def first_difference(ids_a: Int[Array, "L T K"], ids_b: Int[Array, "L T K"]) -> Int[Array, "T"]:
+def first_difference(ids_a: Integer[Array, "L T K"], ids_b: Integer[Array, "L T K"]) -> Integer[Array, "T"]:
     """For each token the first position on the layer axis where the sets differ, L where none does; layers unrecorded in a or b are passed over.
     routing.expert_load(found[:, None], L + 1) is its histogram."""
     differs = (_match(ids_a, ids_b).sum((-1, -2)) < ids_a.shape[-1]) & _counted(ids_a, ids_b, None)
     return jnp.where(differs.any(0), differs.argmax(0), len(differs)).astype(jnp.int32)
 
 
-def amplification(x: Float[Array, "L"]) -> Float[Array, "L-1"]:
+def amplification(x: Float[Array | np.ndarray, "L"]) -> Float[Array, "L-1"]:
     """Growth of a per-layer quantity from each layer to the next, x[l+1] / x[l]; nan where x[l] is 0, since growth from nothing has no ratio."""
     x = jax.lax.stop_gradient(x)
     return jnp.where(x[:-1] == 0, jnp.nan, x[1:] / jnp.where(x[:-1] == 0, 1.0, x[:-1]))
 
 
-def load_cv(load: Float[Array, "... E"]) -> Float[Array, "..."]:
+def load_cv(load: Float[Array | np.ndarray, "... E"]) -> Float[Array, "..."]:
     """Coefficient of variation of an expert load: population standard deviation over mean; 0 when nothing was routed."""
     mean = load.mean(-1)
     return load.std(-1) / jnp.where(mean > 0, mean, 1.0)
 
 
-def dead_experts(load: Float[Array, "... E"]) -> Float[Array, "..."]:
+def dead_experts(load: Float[Array | np.ndarray, "... E"]) -> Float[Array, "..."]:
     """How many experts received no token."""
-    return (load == 0).sum(-1).astype(jnp.float32)
+    return jnp.asarray(load == 0).sum(-1).astype(jnp.float32)
 
 
 def _pair(value: Array, weights: Array | None) -> tuple[jax.Array, jax.Array]:

@@ -63,8 +63,8 @@ class Sensitivity:
 
     values: of "loss" (nats), "kl" (of the words' distribution to the clean pass, KL(clean || arm), nats) and "agreement" (share of tokens whose
     likeliest word is the clean pass's). routers: by pass ("clean"; "all" and "router": live, with this much noise; "own": each router's own noise on the
-    inputs of the clean pass) and name; router/… are means over tokens [R, L], the others sums: margin/… [R, L, bins], gained and lost
-    [R, L, E], first (layer that differs; L: none) [R, L+1]. Margins are of the logits: a selection bias is not in them.
+    inputs of the clean pass) and name; router/… are means over tokens [R, L], the others sums: margin/… [R, L, bins], load, gained and
+    lost [R, L, E], first (layer that differs; L: none) [R, L+1]. Margins are of the logits: a selection bias is not in them.
     """
 
     factors: dict[str, tuple[str, ...]]  # factor -> its noise sites
@@ -267,7 +267,7 @@ def _diagnose(k: int, own: bool, weight, clean: Any, clean_logits, noisy: Any, n
         found["router/logit_error_variance"] = (moved @ weight, weight.sum())
         found |= {f"margin/{name}": x for name, x in routing_stats.explained_by_margin(logits_a, logits_b, k, weight).items()}
         gained, lost = routing_stats.gained_lost(ids_a, ids_b, logits_a.shape[-1], weight > 0)
-        return found | {"gained": gained, "lost": lost}
+        return found | {"gained": gained, "lost": lost, "load": routing.expert_load(ids_b, logits_a.shape[-1], weight)}
 
     chosen = routing.select(noisy_logits, k).astype(noisy.ids.dtype) if own else noisy.ids
     sides = [x.reshape(len(x), -1, x.shape[-1]) for x in (clean.ids, clean.weights, clean_logits, chosen, noisy.weights, noisy_logits)]

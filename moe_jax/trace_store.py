@@ -28,13 +28,14 @@ import numpy as np
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import TraceError
 from moe_jax.files import sync_folder, write_atomic
+from moe_jax.model import ModelConfig
 from moe_jax.replay import check_shape, check_trace
 from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
 from moe_jax.train.run_folder import Closing, some
 from moe_jax.train.sources import sha256_of
 
 SCHEMA = "moe_jax.routing_trace/1"
-SOURCES = ("self", "rollout", "reference")
+SOURCES = ("self", "rollout", "reference", "noisy")
 _HEADER = "trace.json"
 
 
@@ -49,7 +50,7 @@ class TraceInfo:
     batch: int  # B: the rows of one step, all micro-batches and all parts together
     length: int  # S
     data_fingerprint: str = ""
-    source: str = "self"  # SOURCES
+    source: str = "self"  # SOURCES: of the pass before with the same parameters, of sampling, of a clean pass, of one with noise
     weights: bool = False
     logits: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # plain JSON: which checkpoint, noise, seeds
@@ -276,9 +277,11 @@ def write_trace(path: str | os.PathLike[str], trace: RoutingTrace, *, model_hash
         writer.write(0, trace, tokens)
 
 
-def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
-    """The routes that `write_trace` wrote, in numpy arrays; raises TraceError as TraceReader does, and for a trace of several steps."""
+def read_trace(path: str | os.PathLike[str], model: ModelConfig | None = None) -> RoutingTrace:
+    """What `write_trace` wrote, in numpy arrays; raises TraceError as TraceReader does, for several steps, and as `check` for another `model`."""
     reader = TraceReader(path)
+    if model is not None:
+        reader.check(model.routing_hash(), model.moe_layers, model.num_experts, model.experts_per_token)
     if len(reader.steps) != 1:
         raise TraceError(f"{path} holds {len(reader.steps)} steps: read one of them with TraceReader(path).read(step)")
     return reader.read(reader.steps[0])

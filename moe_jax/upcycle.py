@@ -44,9 +44,9 @@ def upcycle(
 ) -> dict[str, Any]:
     """The parameters of `model`, which `upcycled` described, from those of the dense one.
 
-    The routers are drawn from N(0, init_std). expert_noise: adds N(0, 1) times this times the standard deviation of the matrix to each expert's, by draws of
-    its own. reinitialise: the share of the F hidden units that each expert draws anew, in all its matrices, from a normal distribution with the mean and
-    standard deviation of the matrix (drop-upcycling, Nakamura et al. 2025). With both 0 the logits are the dense model's.
+    The routers are drawn from N(0, init_std), a selection bias is 0. expert_noise: adds N(0, 1) times this times the standard deviation of the matrix to
+    each expert's, by draws of its own. reinitialise: the share of the F hidden units that each expert draws anew, in all its matrices, from a normal
+    distribution with the mean and standard deviation of the matrix (drop-upcycling, Nakamura et al. 2025). With both 0 the logits are the dense model's.
     Raises ConfigError for a share outside [0, 1] and a negative noise.
     """
     if not 0 <= reinitialise <= 1 or not expert_noise >= 0:
@@ -57,7 +57,7 @@ def upcycle(
         layers = model.stacks().get(stack)
         if layers is None:
             found[path] = old[path]
-        elif spec.role == "router":
+        elif spec.role in ("router", "selection_bias"):  # what a dense model has nothing of
             found[path] = spec.initial(parameter_key(seed, path))
         else:
             leaf = jnp.stack([old[f"{layer}/{within}"] for layer in layers])

@@ -33,3 +33,12 @@ def test_nearest(name, expected):
 def test_nearest_returns_the_known_spelling():
     assert errors.nearest("modelconfig", ["ModelConfig"]) == " (did you mean 'ModelConfig'?)"
     assert errors.nearest("x", []) == ""
+
+
+def test_check_known():
+    errors.check_known("field", "a", {"a": 1})
+    errors.check_known("field", None, (None, "abc"))
+    with pytest.raises(errors.ConfigError, match=r"^unknown field 'abd' \(did you mean 'abc'\?\); known: abc, x$"):
+        errors.check_known("field", "abd", (None, "abc", "", "x"))
+    with pytest.raises(errors.ConfigError, match=r"^unknown field None; known: abc$"):
+        errors.check_known("field", None, ("abc",))

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from moe_jax.files import write_atomic
+from moe_jax.errors import DataError
+from moe_jax.files import read_object, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -23,3 +24,16 @@ def test_writers_of_one_pid_do_not_meet(tmp_path):
             pass
     found = (tmp_path / "folder" / "a").read_bytes()
     assert len(found) == 10_000 and len(set(found)) == 1 and os.listdir(tmp_path / "folder") == ["a"]
+
+
+def test_an_object_is_read_or_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_object(path, DataError) is None
+    path.write_text('{"a": "ü"}', encoding="utf-8")
+    assert read_object(path, DataError) == {"a": "ü"}
+    for content, why in ((b"[1]", "it holds list, no object$"), (b"{", "Expecting"), (b"\xff", "utf-8"), (b"[" * 99_999, "recursion")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"cannot read .*a.json: .*{why}"):
+            read_object(path, DataError)
+    with pytest.raises(DataError, match="cannot read .*: Is a directory$"):
+        read_object(tmp_path, DataError)

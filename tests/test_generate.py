@@ -46,9 +46,16 @@ def sampled(prompts=PROMPTS, sampling=SAMPLING, name="qwen", **how):
     return sampler_of(name)(params_of(name), prompts, sampling, **how)
 
 
-def whole(model, params, found, noise=None, draw=None, temperature=1.0):
+@functools.cache
+def forward_of(name: str):
+    """(params, tokens, noise, draw) -> Output of a whole pass, compiled once for each structure of noise."""
+    model = Model(VARIANTS[name])
+    return jax.jit(lambda params, tokens, noise, draw: model.apply(params, tokens, noise, draw, capture=("trace",)))
+
+
+def whole(name, found, noise=None, draw=None, temperature=1.0):
     """What one pass over everything that was sampled says: (log-probability of each next token, trace)."""
-    out = jax.jit(lambda p, t: model.apply(p, t, noise, draw, capture=("trace",)))(params, jnp.asarray(found.tokens))
+    out = forward_of(name)(params_of(name), jnp.asarray(found.tokens), noise, draw)
     log_probs = jax.nn.log_softmax(out.logits / temperature)
     return (
         np.asarray(jnp.take_along_axis(log_probs[:, :-1], jnp.asarray(found.tokens)[:, 1:, None], 2)[..., 0]),
@@ -67,10 +74,9 @@ def whole(model, params, found, noise=None, draw=None, temperature=1.0):
 )
 def test_a_cache_changes_nothing(name, noise):
     """Log-probabilities and routes of sampled tokens are those of one pass over the finished text, with the same draws."""
-    model = Model(VARIANTS[name])
-    params, draw = params_of(name), Draw(seed=4, step=2, phase="rollout")
+    draw = Draw(seed=4, step=2, phase="rollout")
     found = sampled(name=name, noise=noise, draw=draw)
-    log_probs, trace, _ = whole(model, params, found, noise, draw)
+    log_probs, trace, _ = whole(name, found, noise, draw)
     recorded = found.trace.ids != unrecorded(found.trace.ids.dtype)
     for row, (begin, end) in enumerate(zip(found.prompt_lengths, found.lengths, strict=True)):
         assert end == begin + 9
@@ -87,10 +93,8 @@ def test_noise_changes_the_text():
 
 
 def test_greedy_takes_the_likeliest_token():
-    model = Model(CONFIG)
-    params = model.init(1)
     found = sampled(sampling=Sampling(max_tokens=9))
-    _, _, logits = whole(model, params, found)
+    _, _, logits = whole("qwen", found)
     for row, (begin, end) in enumerate(zip(found.prompt_lengths, found.lengths, strict=True)):
         assert np.array_equal(np.asarray(logits[row, begin - 1 : end - 1].argmax(-1)), found.sampled(row))
 
@@ -151,8 +155,7 @@ def test_the_same_text_on_any_mesh(mesh):
 
 def test_its_trace_is_replayed():
     """The rollout source of routes: a training pass that takes them differs in no id, and routes the last token live."""
-    model = Model(CONFIG)
-    params = model.init(1)
+    model, params = Model(CONFIG), params_of("qwen")
     found = sampled(noise=NOISE)
     out = jax.jit(lambda p, t, r: model.apply(p, t, replay=Replay(r), capture=("trace",)))(params, jnp.asarray(found.tokens), found.trace)
     recorded = found.trace.ids != unrecorded(found.trace.ids.dtype)
@@ -186,10 +189,9 @@ def test_the_likeliest_are_kept():
 
 @pytest.mark.parametrize("how", [{"top_p": 0.2}, pytest.param({"top_k": 2}, marks=pytest.mark.slow)])
 def test_top_k_and_top_p_never_leave_the_kept(how):
-    model, sampling = Model(CONFIG), Sampling(max_tokens=9, temperature=3.0, **how)
-    params = params_of("qwen")
-    found = generate(model, params, PROMPTS, sampling) if "top_k" in how else sampled(sampling=sampling)
-    _, _, logits = whole(model, params, found)
+    sampling = Sampling(max_tokens=9, temperature=3.0, **how)
+    found = generate(Model(CONFIG), params_of("qwen"), PROMPTS, sampling) if "top_k" in how else sampled(sampling=sampling)
+    _, _, logits = whole("qwen", found)
     for row, (begin, end) in enumerate(zip(found.prompt_lengths, found.lengths, strict=True)):
         kept = _kept(logits[row, begin - 1 : end - 1] / 3.0, how.get("top_k"), jnp.float32(how.get("top_p", 1)))
         assert np.asarray(kept)[np.arange(9), found.sampled(row)].all()

@@ -80,7 +80,7 @@ def test_jit_and_eager_agree_and_values_do_not_retrace():
 
 
 def test_unknown_phase():
-    with pytest.raises(ValueError, match="unknown phase 'training'; known: rollout, old_logprob, train, eval"):
+    with pytest.raises(ValueError, match=r"unknown phase 'training' \(did you mean 'train'\?\); known: rollout, old_logprob, train, eval"):
         Draw(phase="training")
 
 

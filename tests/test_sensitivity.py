@@ -196,6 +196,7 @@ def test_routers_are_compared_with_the_clean_pass(found, params, windows):
     np.testing.assert_allclose(noisy["router/set_overlap"][1], overlap, rtol=1e-6)
     np.testing.assert_array_equal(noisy["first"][1], first)
     np.testing.assert_array_equal(noisy["gained"][1], gained)
+    np.testing.assert_array_equal(noisy["load"][1] - found.routers["clean"]["load"][0], gained - noisy["lost"][1])
     assert 0 < first[:L].sum() < first.sum() and gained.sum() == noisy["lost"][1].sum() > 0
     assert (found.routers["clean"]["router/set_overlap"] == 1).all() and found.routers["clean"]["gained"].sum() == 0
 

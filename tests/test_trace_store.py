@@ -20,6 +20,7 @@ import pytest
 
 from moe_jax import trace_store
 from moe_jax.errors import TraceError
+from moe_jax.model import ModelConfig
 from moe_jax.routing import RoutingTrace
 from moe_jax.trace_store import TraceInfo, TraceReader, TraceWriter, read_trace, write_trace
 
@@ -337,6 +338,22 @@ def test_tokens_must_be_those_recorded(tmp_path):
     with pytest.raises(TraceError, match="was recorded without logits"):
         TraceReader(tmp_path / "none").logits(0)
     assert TraceReader(tmp_path / "none").read(0).weights is None
+
+
+def test_one_batch_of_another_model(tmp_path):
+    """The numbers that differ; without a model nothing is asked."""
+    config = ModelConfig.preset("tiny", num_layers=3, num_experts=8, dense_layers=(0,))
+    info = TraceInfo(config.routing_hash(), config.moe_layers, 8, config.experts_per_token, batch=4, length=6)
+    write(tmp_path / "t", info, steps=[0])
+    found = read_trace(tmp_path / "t", config)
+    assert np.array_equal(found.ids, step_of(info, 0)[0].ids) and np.array_equal(found.ids, read_trace(tmp_path / "t").ids)
+    for changes, said in (
+        (dict(num_experts=16), "recorded with 8 experts, the model has 16; recorded with .* as model hash"),
+        (dict(dense_layers=()), r"recorded with \(1, 2\) as MoE layers, the model has \(0, 1, 2\)"),
+        (dict(d_expert=config.d_expert * 2), "as model hash"),
+    ):
+        with pytest.raises(TraceError, match=said):
+            read_trace(tmp_path / "t", config.replace(**changes))
 
 
 def test_another_model(tmp_path):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import paths
 from moe_jax.errors import ConfigError
 from moe_jax.model import Model, ModelConfig
 from moe_jax.upcycle import upcycle, upcycled
@@ -22,7 +23,10 @@ def made(experts=4, per_token=2, dense_layers=(), **how):
     return dense, params, model, upcycle(dense, params, model, **how)
 
 
-@pytest.mark.parametrize("experts, per_token, dense_layers", [(4, 2, ()), (8, 1, ()), (3, 3, (0, 2)), (2, 1, (3,))])
+@pytest.mark.parametrize(
+    "experts, per_token, dense_layers",
+    [(4, 2, ()), (3, 3, (0, 2)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, ()), (2, 1, (3,))))],
+)
 def test_copies_give_the_dense_logits(experts, per_token, dense_layers):
     dense, params, model, new = made(experts, per_token, dense_layers)
     assert model.config.moe_layers == tuple(layer for layer in range(4) if layer not in dense_layers)
@@ -37,6 +41,16 @@ def test_routers_have_the_stated_scale():
     assert abs(router.std() / 0.02 - 1) < 0.05 and abs(router.mean()) < 0.001
     wide = Model(upcycled(DENSE, 64, 2, router_std=0.5))
     assert abs(np.asarray(upcycle(Model(DENSE), Model(DENSE).init(1), wide)["layers"]["feed_forward"]["router"]).std() / 0.5 - 1) < 0.05
+
+
+def test_a_selection_bias_starts_at_zero():
+    dense = Model(DENSE.replace(router_score="sigmoid", selection_bias=True))
+    model = Model(upcycled(dense.config, 4, 2, dense_layers=(1,)))
+    new, specs = upcycle(dense, dense.init(1), model), model.layers_of("selection_bias")
+    assert [layers for layers in specs.values()] == [(0,), (2, 3)]
+    for path in specs:
+        bias = paths.flatten(new)[path]
+        assert bias.dtype == jnp.float32 and not bias.any()
 
 
 def test_noise_is_in_standard_deviations_and_differs_by_expert():

@@ -20,7 +20,7 @@ from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.dense import dispatch_dense
 from moe_jax.dispatch.ragged import dispatch_ragged
 from moe_jax.dispatch.sharded import EXCHANGES, dispatch_sharded
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.experts import Experts
 from moe_jax.mesh import Layout
 from moe_jax.platforms import platform
@@ -55,10 +55,8 @@ def dispatch(
     Raises ValueError for an unknown name or shapes that do not fit, Unsupported for what an implementation cannot do here.
     """
     _check_shapes(x, decision, experts, tokens)
-    if not callable(implementation) and implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"unknown dispatch implementation {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; known: {', '.join(IMPLEMENTATIONS)}"
-        )
+    if not callable(implementation):
+        check_known("dispatch implementation", implementation, (None, *IMPLEMENTATIONS))
     if factor <= 0:
         raise ValueError(f"the buffers' factor must be above 0, got {factor}")
     stays = callable(implementation) or implementation in LOCAL

@@ -1,11 +1,11 @@
 """config.json of Hugging Face, in the spellings of transformers 4 and 5, to a ModelConfig and back. What cannot be done as it says is refused by name."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import ConfigError, Unsupported
+from moe_jax.files import read_object
 from moe_jax.model import ModelConfig
 
 
@@ -67,14 +67,9 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "g
 def read_config(folder: Path) -> tuple[ModelConfig, Family]:
     """The configuration of a checkpoint folder. Raises ConfigError (a bad config.json), Unsupported (a family, or a key that changes it)."""
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({str(error)[:100]})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no object")
+    values = read_object(path, ConfigError)
+    if values is None:
+        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         return parse_config(values)
     except ConfigError as error:

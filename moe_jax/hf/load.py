@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,16 @@ from jax.sharding import Mesh
 from moe_jax import paths
 from moe_jax.axes import ParamSpec
 from moe_jax.errors import CheckpointError
+from moe_jax.hf import gguf, shards
 from moe_jax.hf.config import read_config
 from moe_jax.hf.names import Target, targets
-from moe_jax.hf.shards import find_tensors
 from moe_jax.model import DTypePolicy, Model, ModelConfig
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
+Stored = shards.Tensor | gguf.Tensor
 _PIECE = 4 << 20  # bytes of a file in host memory at a time, but for a row that is longer
 # Tensors of older checkpoints that are computed from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-class Stored(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 def load_hf(
@@ -55,7 +46,7 @@ def load_hf(
     folder = Path(path)
     config, family = read_config(folder)
     model = Model(config.replace(dtypes=DTypePolicy(dtype, dtype)), mesh)
-    return model, fill(model, targets(model, family), find_tensors(folder), str(folder), progress)
+    return model, fill(model, targets(model, family), shards.find_tensors(folder), str(folder), progress)
 
 
 def fill(

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax import config_tools
 from moe_jax.dispatch import IMPLEMENTATIONS
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known, nearest
 from moe_jax.experts import ACTIVATIONS
 from moe_jax.noise import Noise, NoiseSpec
 from moe_jax.noise.sites import GROUPS, SITES
@@ -103,10 +103,7 @@ class ModelConfig:
             "dispatch": (None, *IMPLEMENTATIONS),
         }
         for field, known in choices.items():
-            value = getattr(self, field)
-            if value not in known:
-                names = [name for name in known if name]
-                raise ConfigError(f"unknown {field} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}")
+            check_known(field, getattr(self, field), known)
         if self.selection_bias and self.router_score != "sigmoid":
             raise ConfigError(f"selection_bias goes with router_score=sigmoid, got {self.router_score!r}")
 
@@ -191,8 +188,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """A named configuration, with changes."""
-        if name not in PRESETS:
-            raise ConfigError(f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        check_known("model preset", name, PRESETS)
         return cls(**PRESETS[name]).replace(**changes)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax import paths
 from moe_jax.axes import ParamSpec, Rules
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.keys import Draw, parameter_key
 from moe_jax.losses import BALANCE_SCOPES, cross_entropy, token_log_probs
 from moe_jax.mesh import DEFAULT_RULES, Layout
@@ -238,8 +238,7 @@ class Model:
         gradient. balance_scope: "microbatch" counts the load of
         these B sequences together, on all devices; "sequence" of each by itself; "global_batch" as "microbatch", and gives `Output.balance` besides.
         """
-        if balance_scope not in BALANCE_SCOPES:
-            raise ConfigError(f"unknown balance_scope {balance_scope!r}; known: {', '.join(BALANCE_SCOPES)}")
+        check_known("balance_scope", balance_scope, BALANCE_SCOPES)
         scope, scales = self._scope(tokens, noise, draw, train, freeze)
         scope = dataclasses.replace(scope, balance=balance_scope)
         out, _ = self._features(params, tokens, scope, scales, capture, replay)

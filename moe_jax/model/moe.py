@@ -76,8 +76,7 @@ class MoE(nnx.Module):
             "ids": ids.astype(routing.trace_dtype(c.num_experts)).reshape(*x.shape[:2], -1),
             "weights": weights.reshape(*x.shape[:2], -1),
             "logits": seen("selection").reshape(*x.shape[:2], -1),
-            "dropped": jnp.asarray(stats.dropped),
-            **({} if scope.layout is None else self._exchanged(stats)),
+            **self._counted(stats, divided),
             **self._followed(seen("balance"), live, ids, stats.load, replay or _LIVE, scope),
             **routing_stats.health(seen("selection"), c.experts_per_token, top_k=scope.top_k),
         }
@@ -87,11 +86,14 @@ class MoE(nnx.Module):
             router |= routing_stats.flips(before, after, c.experts_per_token, top_k=scope.top_k)
         return y.reshape(x.shape), router | ({} if replay is None else replay.counts(live, ids, recorded))
 
-    def _exchanged(self, stats: DispatchStats) -> dict:
-        """What moved between devices, per assignment: rows sent, buffers' overflow, rows computed for nothing."""
-        assignments = stats.load.sum()
-        rows = {"sent": stats.sent, "overflow": stats.overflow, "padded": stats.padded}
-        return {f"router/{name}": (jnp.sum(jnp.asarray(count, jnp.float32)), assignments) for name, count in rows.items()}
+    def _counted(self, stats: DispatchStats, divided: bool) -> dict:
+        """Per assignment: those not computed, and on a mesh rows sent, buffers' overflow, rows computed for nothing."""
+        computed = stats.load.sum()
+        rows = {"sent": stats.sent, "overflow": stats.overflow, "padded": stats.padded} if divided else {}
+        found = {f"router/{name}": (jnp.sum(jnp.asarray(count, jnp.float32)), computed) for name, count in rows.items()}
+        if not divided and isinstance(stats.dropped, int) and not stats.dropped:
+            return found  # on one device a dispatch that drops nothing says so by the number 0, which is no metric
+        return found | {"router/dropped": (jnp.asarray(stats.dropped, jnp.float32), computed + stats.dropped)}
 
     def _followed(self, logits, live, used, load, rules: Replay, scope: Scope) -> dict:
         """The router's losses and loads, each of its own choice or of the experts used. load: of the experts used."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from moe_jax import keys
-from moe_jax.errors import ConfigError, Unsupported, nearest
+from moe_jax.errors import ConfigError, Unsupported, check_known, nearest
 from moe_jax.noise.kinds import perturb
 from moe_jax.noise.sites import NORMS, REACHES
 from moe_jax.noise.spec import NoiseSpec, SiteNoise
@@ -33,7 +33,7 @@ class AQN:
     * qerl_paper: start*(end/start)**(i/(K-1)), which does not;
     * epochs: each of `epochs` equal epochs has stages_per_epoch + 1 intervals: one at 0, then stages_per_epoch values from b_i to b_(i+1),
       both included, b_i = start*(end/start)**(i/epochs). `stages` is not used.
-    reach: who reads the noisy scale of norm_moe, whose output both the router and the experts take. Raises ConfigError for what cannot be.
+    reach: who reads the noisy scale of norm_moe, whose output both the router and the experts take; "both" is them. Raises ConfigError for what cannot be.
     """
 
     start: float = 1e-2
@@ -49,9 +49,9 @@ class AQN:
         for field, known in (("variant", VARIANTS), ("targets", ("norms", *NORMS)), ("reach", READERS)):
             given = getattr(self, field)
             names = (given,) if isinstance(given, str) else tuple(given)
+            names = READERS if (field, names) == ("reach", ("both",)) else names
             for name in names or ("",):
-                if name not in known:
-                    raise ConfigError(f"unknown name {name!r} in AQN {field}{nearest(name, known)}; known: {', '.join(known)}")
+                check_known(f"AQN {field}", name, known)
             object.__setattr__(self, field, names[0] if field == "variant" else names)
         for field in ("start", "end"):
             if not 0 < getattr(self, field) < math.inf:
@@ -70,11 +70,6 @@ class AQN:
             raise ConfigError(f"AQN cuts a run into {count} intervals and this one has {total_steps} steps; lower stages or epochs")
         sigmas = [0.0 if x is None else self.start * (self.end / self.start) ** x for x in exponents]
         return [(-(-index * total_steps // count), sigma) for index, sigma in enumerate(sigmas)]  # in integers: no boundary is rounded
-
-    def sigma(self, step: Int[Array, ""] | int, total_steps: int) -> Float[Array, ""]:
-        """Sigma at a weight sync. `step` may be traced, `total_steps` is static; beyond it the last stage goes on."""
-        firsts, sigmas = zip(*self.stage_table(total_steps), strict=True)
-        return jnp.asarray(sigmas, jnp.float32)[(jnp.asarray(step) >= jnp.asarray(firsts[1:])).sum()]
 
     def spec(self, sigma: Float[Array, ""] | float) -> NoiseSpec:
         """The noise of the sampling forward, sigma traced or not: one draw per sync when `Draw.step` is the step of the last sync."""

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Integer, UInt32
 
 from moe_jax.keys import mix
 
 Part = tuple[Any, int]  # of a result's columns: the first one's number, which may be traced, and how many columns there are in all
 
 
-def bits(key: UInt32[Array, "2"], rows: Int[Array, "R"], columns: int, part: Part = (0, 0)) -> UInt32[Array, "R C"]:
+def bits(key: UInt32[Array, "2"], rows: Integer[Array, "R"], columns: int, part: Part = (0, 0)) -> UInt32[Array, "R C"]:
     """32 random bits for each row and each of `columns` columns, from 0 on unless `part` says where.
 
     The row is hashed once with both key words; each element then costs one mix.
@@ -33,7 +33,7 @@ def _column_words(count: int) -> np.ndarray:
         return np.asarray(mix(jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(0x9E3779B9)))
 
 
-def uniform(key: UInt32[Array, "2"], rows: Int[Array, "R"], columns: int, part: Part = (0, 0)) -> Float[Array, "R C"]:
+def uniform(key: UInt32[Array, "2"], rows: Integer[Array, "R"], columns: int, part: Part = (0, 0)) -> Float[Array, "R C"]:
     """Float32 in (0, 1), never 0 or 1: the centres of 2**23 equal cells."""
     return ((bits(key, rows, columns, part) >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
 
@@ -45,8 +45,8 @@ _QUANTILE = (0.6095085881494444, 1.1239382984091701, -1.174726374766565, 0.83922
 _QUANTILE += (-0.00180212645195311,)
 
 
-def normal(key: UInt32[Array, "2"], rows: Int[Array, "R"], columns: int, part: Part = (0, 0)) -> Float[Array, "R C"]:
-    """Standard normal float32, the inverse distribution function of a 23-bit uniform to 2e-4 of its value; the largest it can give is 5.3."""
+def normal(key: UInt32[Array, "2"], rows: Integer[Array, "R"], columns: int, part: Part = (0, 0)) -> Float[Array, "R C"]:
+    """Standard normal float32, the inverse distribution function of a 23-bit uniform to 1.4e-4 of its value; the largest it can give is 5.3."""
     centred = (bits(key, rows, columns, part) >> 8 | jnp.uint32(1)).astype(jnp.int32) - (1 << 23)  # odd, so never 0, and exact as a float
     z = centred.astype(jnp.float32) * jnp.float32(2.0**-23)
     word = jax.lax.bitcast_convert_type((1.0 - z) * (1.0 + z), jnp.int32)
@@ -59,7 +59,7 @@ def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
     return functools.reduce(lambda total, c: total * x + jnp.float32(c), coefficients[-2::-1], jnp.float32(coefficients[-1]))
 
 
-def dropout_mask(key: UInt32[Array, "2"], rows: Int[Array, "R"], columns: int, rate: float, part: Part = (0, 0)) -> Float[Array, "R C"]:
+def dropout_mask(key: UInt32[Array, "2"], rows: Integer[Array, "R"], columns: int, rate: float, part: Part = (0, 0)) -> Float[Array, "R C"]:
     """1/(1-rate) where kept and 0 where dropped, each element dropped with probability `rate`, 0 <= rate < 1."""
     keep = bits(key, rows, columns, part) >= jnp.uint32(min(int(rate * 2.0**32), 2**32 - 1))
     return keep.astype(jnp.float32) * jnp.float32(1.0 / (1.0 - rate))

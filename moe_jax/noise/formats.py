@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import check_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,7 @@ def round_trip(x: Float[Array, "..."], name: str, axis: int = -1) -> Float[Array
     Blocks run along `axis`, the last one filled up with zeros. nvfp4's second scale is taken over the axis and not the tensor, so that no token's
     result depends on the other tokens. The gradient is zero, as of any rounding; the caller gives a straight-through one. Unknown name: ConfigError.
     """
-    if name not in FORMATS:
-        raise ConfigError(f"unknown number format {name!r}{nearest(name, FORMATS)}; known: {', '.join(FORMATS)}")
+    check_known("number format", name, FORMATS)
     form, x = FORMATS[name], jnp.moveaxis(jax.lax.stop_gradient(x).astype(jnp.float32), axis, -1)
     block = form.block or max(x.shape[-1], 1)
     count = -(-x.shape[-1] // block)

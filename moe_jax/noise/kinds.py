@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Integer, UInt32
 
 from moe_jax.keys import fold
 from moe_jax.noise import draws
@@ -53,9 +53,9 @@ KINDS = (*_NORMAL, "jitter", "bit_flip", "quantise", "accumulation")
 def perturb(
     y: Float[Array, "R C"],
     kind: str,
-    scale: Float[Array, "..."],
+    scale: Float[Array, "..."] | float,
     key: UInt32[Array, "2"],
-    rows: Int[Array, "R"],
+    rows: Integer[Array, "R"],
     format: str | None = None,
     stored: Any = None,
     part: draws.Part = (0, 0),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known, nearest
 from moe_jax.keys import PASSES
 from moe_jax.noise.kinds import KINDS
 
@@ -24,9 +24,7 @@ REACHES = {"router_logits": ("selection", "weights", "balance"), "norm_moe": ("e
 
 def members(name: str) -> tuple[str, ...]:
     """The sites that a site's or a group's name stands for; ConfigError for a name that is neither."""
-    if name not in SITES and name not in GROUPS:
-        known = (*GROUPS, *SITES)
-        raise ConfigError(f"unknown noise site {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    check_known("noise site", name, (*GROUPS, *SITES))
     return GROUPS.get(name, (name,))
 
 

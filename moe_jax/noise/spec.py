@@ -49,7 +49,8 @@ class SiteNoise:
     """Noise at one site or group. What is not said: all passes, all layers, all phases, everything that reads the site, a fresh draw each step.
 
     scale: >= 0, a number, an array scalar, or one per layer. layers: absolute layer indices. reach (router_logits, norm_moe): which readers get
-    the noisy value. draws: "fresh", one per step, or "fixed", the same in each: a device's fixed pattern. format (quantise): one of FORMATS.
+    the noisy value; "both", or None, is all of them. draws: "fresh", one per step, or "fixed", the same in each: a device's fixed pattern.
+    format (quantise): one of FORMATS.
     """
 
     kind: str
@@ -65,6 +66,8 @@ class SiteNoise:
         for field in ("passes", "phases", "reach", "layers"):
             given = getattr(self, field)
             object.__setattr__(self, field, (given,) if isinstance(given, str) else None if given is None else tuple(given))
+        if self.reach == ("both",):
+            object.__setattr__(self, "reach", None)
         names.check_names(self.kind, self.passes)
         for field, given, known in (("phases", self.phases, PHASES), ("draws", (self.draws,), DRAWS)):
             for name in given:
@@ -108,7 +111,8 @@ class NoiseSpec:
     def parse(cls, text: str) -> "NoiseSpec":
         """A spec from `site=kind:scale[:field=a+b...],...`, e.g. "experts=relative:0.05:passes=forward:layers=0-2+5,router_gemm=quantise:fp8_e4m3".
 
-        Without a site the noise is on every matmul: "relative:0.05". A scale per layer is written 0.1/0.2/0.3. A preset's name is read as that preset.
+        Without a site the noise is on every matmul: "relative:0.05" is "matmuls=relative:0.05", which may be written "all=relative:0.05". A scale per layer
+        is written 0.1/0.2/0.3. A preset's name is read as that preset.
         """
         if text in DEFAULT_SCALE or text.rpartition("_")[0] in PRESETS:
             return cls.preset(text)
@@ -117,6 +121,8 @@ class NoiseSpec:
             site, equals, rest = entry.partition("=")
             if not equals or ":" in site:
                 site, rest = "matmuls", entry
+            elif site == "all":
+                site = "matmuls"
             if site in sites:
                 raise ConfigError(f"noise at {site!r} is given twice, the second time as {entry!r}; give one")
             sites[site] = _site_noise(rest, entry)
@@ -253,7 +259,7 @@ def _option(option: str, entry: str) -> tuple[str, Any]:
     if name in ("draws", "format"):
         return name, value
     if name != "layers":
-        return name, None if (name, value) == ("reach", "both") else tuple(value.split("+"))
+        return name, tuple(value.split("+"))
     try:
         return name, tuple(_layer_numbers(value))
     except ValueError:

@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.platforms import platform
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
@@ -45,8 +45,8 @@ def orthogonalise(
     A zero matrix stays zero; Frobenius norms up to 1e19 do not overflow. Raises ConfigError for an unknown form, dtype or batch.
     Source: Jordan et al. 2024, "Muon" (Frobenius pre-scaling, the quintic); Gram form: the same polynomial with R = X Xᵀ carried along.
     """
-    _known("form", form, FORMS)
-    _known("dtype", dtype, DTYPES)
+    check_known("form", form, FORMS)
+    check_known("dtype", dtype, DTYPES)
     if x.ndim < 2:
         raise ConfigError(f"orthogonalise needs matrices [..., in, out], got shape {x.shape}")
     m, n = sorted(x.shape[-2:])
@@ -57,7 +57,7 @@ def orthogonalise(
     x = lax.optimization_barrier(x.astype(dtype))
     if batch is None:
         batch = "map" if platform() == "cpu" else "vmap"
-    _known("batch", batch, BATCHES)
+    check_known("batch", batch, BATCHES)
     if batch == "map":
         return lax.optimization_barrier(lax.map(solve, x.reshape(-1, *x.shape[-2:])).reshape(x.shape))
     return lax.optimization_barrier(solve(x))
@@ -79,11 +79,6 @@ def _transposed(x: jax.Array) -> jax.Array:
     # A CPU multiplies rows several times faster than columns, and lays one matrix anew faster than a whole stack.
     laid = x.ndim == 2 and platform() == "cpu"
     return with_layout_constraint(x.mT, Layout((0, 1))) if laid else x.mT
-
-
-def _known(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"unknown {what} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
 
 
 def _product(a: jax.Array, b: jax.Array, transpose: bool = False) -> jax.Array:
@@ -186,7 +181,7 @@ def scale_by_muon(
     steps, form, dtype, eps, batch: see `orthogonalise`. mesh, places: where the devices of a mesh divide the matrices among them, and a tree
     of pairs of PartitionSpecs: how each parameter is stored, and how its axes [stack..., in, out] lie while a device has its matrices whole, and no others.
     """
-    _known("dead", dead, ("keep", "skip"))
+    check_known("dead", dead, ("keep", "skip"))
 
     def solve(matrices):
         return orthogonalise(matrices, steps, form, dtype, eps, batch)

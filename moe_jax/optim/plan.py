@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
 from moe_jax.axes import ROLES, STACK_AXES, ParamSpec, Rules
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.mesh import DEFAULT_RULES
 from moe_jax.optim import muon, schedules
 from moe_jax.paths import flatten, unflatten
@@ -60,9 +60,7 @@ class OptimizerConfig:
             ("ns_batch", self.ns_batch, (None, *muon.BATCHES)),
             *(("freeze_roles", role, ROLES) for role in self.freeze_roles),
         ):
-            if value not in known:
-                names = [name for name in known if name]
-                raise ConfigError(f"unknown {field} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}")
+            check_known(field, value, known)
         for field in ("learning_rate", "adamw_learning_rate", "eps", "weight_decay", "muon_weight_decay", "momentum"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ConfigError(f"{field} must be a finite number, 0 or more; got {getattr(self, field)}")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]  # updates done so far -> multiplier of the peak learning rate
 
@@ -38,8 +38,7 @@ SCHEDULES = {"warmup_cosine": warmup_cosine, "warmup_linear": warmup_linear, "wa
 
 def schedule(name: str, warmup: int, total: int, floor: float = 0.1) -> Schedule:
     """The schedule called `name`; raises ConfigError for an unknown name or numbers that make no schedule."""
-    if name not in SCHEDULES:
-        raise ConfigError(f"unknown schedule {name!r}{nearest(name, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
+    check_known("schedule", name, SCHEDULES)
     return SCHEDULES[name](warmup, total, floor)
 
 

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 
 from moe_jax import paths
 from moe_jax.axes import ParamSpec
+from moe_jax.dispatch import LOCAL
+from moe_jax.dispatch.base import Group
 from moe_jax.dispatch.offsets import capacity
+from moe_jax.dispatch.sharded import pick_exchange
 from moe_jax.mesh import DEFAULT_RULES, MeshSpec
 from moe_jax.model import Model, ModelConfig
-from moe_jax.model.config import DTypePolicy
 from moe_jax.noise import NoiseSpec
 from moe_jax.noise.sites import GROUPS
 from moe_jax.optim.plan import LeafPlan, OptimizerConfig, plan
 from moe_jax.train.run_config import RunConfig
 
-_WIDTH = {"float32": 4, "bfloat16": 2}
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 _STATES = {"muon": 1, "adamw": 2, "frozen": 0}  # arrays of the parameter's shape that the optimizer keeps
 
 
@@ -75,11 +77,10 @@ class Part:
 
 def exchange_of(model: ModelConfig, size: int) -> str:
     """The exchange that a model's layers use among `size` devices; "" where tokens stay."""
-    if size == 1 or model.dispatch in ("dense", "blocked", "ragged"):
+    if size == 1 or model.dispatch in LOCAL:
         return ""
-    if model.dispatch in ("all_gather", "all_to_all", "ragged_all_to_all"):
-        return "all_gather" if model.dispatch == "all_gather" else "all_to_all"
-    return "all_to_all" if model.experts_per_token * model.exchange_factor < size else "all_gather"
+    name = model.dispatch or pick_exchange(Group((), size, ()), model.experts_per_token, model.exchange_factor)
+    return "all_gather" if name == "all_gather" else "all_to_all"
 
 
 def estimate(config: RunConfig, mesh: MeshSpec) -> Memory:
@@ -87,12 +88,12 @@ def estimate(config: RunConfig, mesh: MeshSpec) -> Memory:
     leaves = declared(config.model)
     sizes = dataclasses.asdict(mesh)
     divided = {path: spec.size / _shards(spec, sizes) for path, spec in leaves.items()}
-    store = _WIDTH[config.model.dtypes.params]
+    store = WIDTH[config.model.dtypes.params]
     labels = {leaf.path: leaf.label for leaf in planned(config.model, config.optimizer)}
     parameters = store * sum(divided.values())
     kept = store * sum(_STATES[labels[path]] * size for path, size in divided.items())
     gradients = store * sum(size for path, size in divided.items() if labels[path] != "frozen")
-    part, wide = Part.of(config, mesh), _WIDTH[config.model.dtypes.compute]
+    part, wide = Part.of(config, mesh), WIDTH[config.model.dtypes.compute]
     copies = wide * sum(divided.values()) if wide != store else 0.0  # XLA casts the weights of all layers before the first of them
     return Memory(
         parameters,
@@ -124,7 +125,7 @@ def _shards(spec: ParamSpec, sizes: Mapping[str, int], without: tuple[str, ...] 
 
 def _activations(c: ModelConfig, part: Part, tensor: int) -> float:
     """What the backward pass finds kept, over all layers: under "full" each layer's input and routes alone."""
-    wide, routes = _WIDTH[c.dtypes.compute], part.tokens * c.experts_per_token * 8
+    wide, routes = WIDTH[c.dtypes.compute], part.tokens * c.experts_per_token * 8
     heads = (2 * c.num_heads + 2 * c.kv_heads) * c.head_width
     each = part.together * c.d_model * wide
     if c.remat != "full":
@@ -137,14 +138,14 @@ def _activations(c: ModelConfig, part: Part, tensor: int) -> float:
 
 
 def _loss(c: ModelConfig, part: Part) -> float:
-    wide, words = _WIDTH[c.dtypes.compute], c.vocab_size
+    wide, words = WIDTH[c.dtypes.compute], c.vocab_size
     return words * c.d_model * wide + min(c.loss_chunk_size, part.tokens) * words * (4 + wide)
 
 
 def _layer(config: RunConfig, leaves: Mapping[str, ParamSpec], mesh: MeshSpec, part: Part) -> float:
     """One layer's weights, gathered over fsdp, and their gradients before they are divided again; rows of its experts, and queries, keys, scores."""
     c, sizes = config.model, dataclasses.asdict(mesh)
-    wide = _WIDTH[c.dtypes.compute]
+    wide = WIDTH[c.dtypes.compute]
     stays = () if part.exchange else ("expert", "tensor")
     own = {path: spec for path, spec in leaves.items() if "layers" in spec.axes}
     per_layer = {
@@ -170,8 +171,3 @@ def _update(divided: Mapping[str, float], labels: Mapping[str, str]) -> float:
     """Gradients are there already; Newton-Schulz holds about three more float32 copies of the parameter that it works on."""
     largest = max((size for path, size in divided.items() if labels[path] == "muon"), default=0.0)
     return 3 * 4 * largest
-
-
-def bytes_of(policy: DTypePolicy) -> tuple[int, int]:
-    """(of a stored parameter, of an activation)."""
-    return _WIDTH[policy.params], _WIDTH[policy.compute]

@@ -1,6 +1,5 @@
 """A plan as a document: whether it fits, what it needs and sends, how long it takes and what the noise adds. The same blocks make text and a page."""
 
-from moe_jax.noise import NoiseSpec
 from moe_jax.plan.chips import GIB
 from moe_jax.plan.hlo import Totals
 from moe_jax.plan.plan import Plan
@@ -71,20 +70,12 @@ def memory_table(plan: Plan) -> Table:
     )
     beside = {name: _gib(step.beside) for name, step in plan.clean.items() if step.beside}
     header = ("step", "noise", "arguments", "temporaries", "peak", "compiled in s")
-    notes = (
-        model,
-        *(
-            (f"With what else of the run's state lies there: {', '.join(f'{name} {size}' for name, size in beside.items())}.",)
-            if beside
-            else ()
-        ),
-        *(
-            ("The figures are those of the CPU that stands in; the memory model's are meant for the chip.",)
-            if plan.topology.stand_in
-            else ()
-        ),
-    )
-    return Table("GiB of one device, by the compiler", header, tuple(rows), words=2, notes=notes)
+    notes = [model]
+    if beside:
+        notes.append(f"With what else of the run's state lies there: {', '.join(f'{name} {size}' for name, size in beside.items())}.")
+    if plan.topology.stand_in:
+        notes.append("The figures are those of the CPU that stands in; the memory model's are meant for the chip.")
+    return Table("GiB of one device, by the compiler", header, tuple(rows), words=2, notes=tuple(notes))
 
 
 def _noise_adds(plan: Plan) -> Text:
@@ -106,18 +97,9 @@ def collectives_table(plan: Plan) -> Table:
         noisy = plan.noisy.get(name)
         for kind in sorted(set(step.always) | set(noisy.always if noisy else ())):
             rows.append((name, kind, *_count(step.always, kind), *(_count(noisy.always, kind) if noisy else ("", ""))))
-        rare = step.overflowing
-        if rare:
-            rows.append(
-                (
-                    name,
-                    "(where a buffer overflows)",
-                    f"{sum(n for n, _ in rare.values()):,.0f}",
-                    _figures(sum(b for _, b in rare.values()) / 1e9),
-                    "",
-                    "",
-                )
-            )
+        if step.overflowing:
+            times, size = map(sum, zip(*step.overflowing.values(), strict=True))
+            rows.append((name, "(where a buffer overflows)", f"{times:,.0f}", _figures(size / 1e9), "", ""))
     header = ("step", "kind", "times", "GB", "times, noise on", "GB, noise on")
     note = "Of one device; bytes are of the results. Loops count as often as they go round."
     return Table("Collectives", header, tuple(rows), words=2, notes=(note,))
@@ -186,11 +168,6 @@ def _gib(size: float) -> str:
 def _figures(value: float) -> str:
     """Two decimals, or two digits of what is smaller."""
     return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.1g}"
-
-
-def noise_sites(noise: str) -> int:
-    """At how many sites a noise acts."""
-    return len(NoiseSpec.parse(noise).by_site()) if noise else 0
 
 
 def summary(steps: dict[str, Compiled]) -> dict[str, dict]:

@@ -11,7 +11,7 @@ from moe_jax.noise import NoiseSpec
 from moe_jax.optim.muon import takes_gram
 from moe_jax.optim.plan import LeafPlan, OptimizerConfig
 from moe_jax.plan.chips import Chip
-from moe_jax.plan.memory import Part, bytes_of, planned
+from moe_jax.plan.memory import WIDTH, Part, planned
 from moe_jax.train.run_config import RunConfig
 
 MATMUL, STREAM, LINK = 0.6, 0.75, 0.7  # assumed shares of a chip's peak: matrix unit, HBM, links
@@ -90,7 +90,7 @@ class _Counts:
     def __init__(self, config: RunConfig, mesh: MeshSpec):
         self.config, self.mesh, self.c = config, mesh, config.model
         self.part, self.many = Part.of(config, mesh), config.data.accumulation
-        self.store, self.wide = bytes_of(config.model.dtypes)
+        self.store, self.wide = WIDTH[config.model.dtypes.params], WIDTH[config.model.dtypes.compute]
         self.passes = 4 if config.model.remat == "full" else 3  # forward, perhaps again, and two products backward
         self.again = self.c.remat == "full" or self.c.dispatch_chunks > 1  # whether the experts' forward pass is computed twice
         self.layers, self.moe = self.c.num_layers, len(self.c.moe_layers)
@@ -192,7 +192,7 @@ class _Counts:
         return Component("embedding and head", 2 * tokens * whole * 3, 0.0, noise, traffic, sent)
 
     def optimizer(self) -> Component:
-        """Each leaf once through HBM, three times read and twice written; Newton-Schulz in float32, unless the config says otherwise."""
+        """Each leaf once through HBM: its gradient is read, it and its one (Muon) or two (AdamW) states are read and written. Newton-Schulz in `ns_dtype`."""
         config = self.config.optimizer
         flops, exact, traffic = 0.0, 0.0, 0.0
         shards = self.mesh.size / self.mesh.data
@@ -201,7 +201,7 @@ class _Counts:
             if leaf.label == "muon":
                 done = _newton_schulz(leaf, config) / self.mesh.size
                 flops, exact = (flops, exact + done) if config.ns_dtype == "float32" else (flops + done, exact)
-        return Component("optimizer", flops, exact, 0.0, 3 * traffic, 0.0)
+        return Component("optimizer", flops, exact, 0.0, traffic, 0.0)
 
     def _each(self, name: str, layers: int, flops: float, noise: float, traffic: float, sent: float) -> Component:
         return Component(name, layers * flops, 0.0, layers * noise, layers * traffic, layers * sent)

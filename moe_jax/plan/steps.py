@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config_tools import digest
-from moe_jax.errors import ConfigError
+from moe_jax.errors import check_known
+from moe_jax.files import write_atomic
 from moe_jax.generate import Sampler, State
 from moe_jax.keys import Draw
 from moe_jax.model.cache import Cache
@@ -72,10 +72,7 @@ def compile_step(step: str, config: RunConfig, mesh: Mesh, platform: str, cache:
             found = Compiled(step, refused=_memory_words(str(error)))
     found = dataclasses.replace(found, beside=beside, seconds=time.monotonic() - began)
     if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        fresh = known.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({name: value for name, value in vars(found).items() if name != "step"}))
-        fresh.replace(known)
+        write_atomic(known, json.dumps({name: value for name, value in vars(found).items() if name != "step"}))
     return found
 
 
@@ -109,8 +106,7 @@ def shapes_of(config: RunConfig) -> "type[Shapes]":
 def lower(step: str, config: RunConfig, mesh: Mesh) -> Any:
     """The step lowered, not compiled: its text says what is computed. Call it under `tracing_for` the mesh's platform."""
     shapes = shapes_of(config)
-    if step not in shapes.steps:
-        raise ConfigError(f"unknown step {step!r}; known: {', '.join(shapes.steps)}")
+    check_known("step", step, shapes.steps)
     return getattr(shapes(config, mesh), step)()
 
 

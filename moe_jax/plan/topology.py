@@ -20,19 +20,7 @@ from moe_jax.errors import ConfigError, Unsupported, nearest
 from moe_jax.plan.chips import CHIPS, Chip
 
 # Slices that libtpu has described and compiled for; it knows others of these kinds.
-KNOWN = (
-    "v4:4x4x4",
-    "v5e:4x4",
-    "v5e:8x8",
-    "v5e:16x16",
-    "v5p:2x2x2",
-    "v5p:4x4x4",
-    "v5p:8x8x4",
-    "v6e:4x4",
-    "v6e:8x8",
-    "v6e:16x16",
-    "tpu7x:4x4x4",
-)
+KNOWN = "v4:4x4x4 v5e:4x4 v5e:8x8 v5e:16x16 v5p:2x2x2 v5p:4x4x4 v5p:8x8x4 v6e:4x4 v6e:8x8 v6e:16x16 tpu7x:4x4x4".split()
 LOCK = f"moe_jax_plan.{os.getuid()}.lock"  # of one user: another may not open a file of the first in /tmp
 
 

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.model import ModelConfig
 from moe_jax.noise import Noise, NoiseSpec
 from moe_jax.optim.plan import OptimizerConfig
@@ -94,8 +94,7 @@ class RLConfig:
             raise ConfigError(f"overlong_from={self.overlong_from} must be below response_tokens={self.response_tokens}")
         choices = {"parse": PARSES, "replay": ("", *SOURCES), "replay_what": WHAT, "eval_split": SPLITS}
         for field, known in choices.items():
-            if (value := getattr(self, field)) not in known:
-                raise ConfigError(f"unknown {field} {value!r}{nearest(value, known)}; known: {', '.join(name for name in known if name)}")
+            check_known(field, getattr(self, field), known)
         for field in ("temperature", "eval_temperature"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} must be finite and above 0, got {getattr(self, field)}")

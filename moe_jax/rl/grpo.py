@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 
 LEVELS = ("token", "sequence", "sequence_token")
 REDUCTIONS = ("token_mean", "sequence_mean")
@@ -33,10 +33,7 @@ class Policy:
 
     def __post_init__(self):
         for field, known in (("level", LEVELS), ("reduction", REDUCTIONS)):
-            if getattr(self, field) not in known:
-                raise ConfigError(
-                    f"unknown {field} {getattr(self, field)!r}{nearest(getattr(self, field), known)}; known: {', '.join(known)}"
-                )
+            check_known(field, getattr(self, field), known)
         if not 0 <= self.clip_low < 1 or not 0 <= self.clip_high < math.inf:
             raise ConfigError(f"clip_low must be in [0, 1) and clip_high finite and not negative, got {self.clip_low} and {self.clip_high}")
         if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.errors import ConfigError, NonFinite, nearest
+from moe_jax.errors import NonFinite, check_known
 
 MARK = "#### "  # stands before the final answer
 PARSES = ("strict", "last")
@@ -56,8 +56,7 @@ def score(text: str, answer: str, parse: Parse = "strict") -> float:
     parse: `strict` takes `strict_answer`, `last` takes `last_number`. An answer that is no number must equal all that follows the last `#### `
     (`last`: or the whole text where there is none), both without the space around them. Raises ConfigError for an unknown parse.
     """
-    if parse not in PARSES:
-        raise ConfigError(f"unknown parse {parse!r}{nearest(str(parse), PARSES)}; known: {', '.join(PARSES)}")
+    check_known("parse", parse, PARSES)
     if _digits(answer):
         given = strict_answer(text) if parse == "strict" else last_number(text)
         return float(given is not None and same_number(given, answer))

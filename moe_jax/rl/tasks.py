@@ -1,6 +1,5 @@
 """Tasks by name: sums made on the spot, GSM8K from its files, the generators of reasoning-gym."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -146,22 +145,8 @@ def _read(path: Path) -> Iterator[Problem]:
         return
     if path.suffix != ".jsonl":
         raise DataError(f"{path} is not a folder, and its name does not end in .jsonl or .parquet")
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({str(error)[:100]}); is the file complete? Fetch it again") from None
+    for record, where in texts.records(path):
+        yield _record(record, where)
 
 
 def _record(row: Any, where: str) -> Problem:

@@ -14,29 +14,3 @@ from moe_jax.studies.design import (
 )
 from moe_jax.studies.ledger import Ledger, LedgerDamaged, LedgerMissing, Run, StudyMismatch
 from moe_jax.studies.stats import Contrast, Summary, contrast, contrasts, holm, paired, summary
-
-__all__ = [
-    "USAGE_CV_ROUTED",
-    "USAGE_CV_SEED",
-    "Analysis",
-    "Comparison",
-    "Contrast",
-    "Design",
-    "Factor",
-    "Ledger",
-    "LedgerDamaged",
-    "LedgerMissing",
-    "Metric",
-    "Run",
-    "StudyMismatch",
-    "Summary",
-    "analyse",
-    "cell_key",
-    "contrast",
-    "contrasts",
-    "difference",
-    "holm",
-    "interaction",
-    "paired",
-    "summary",
-]

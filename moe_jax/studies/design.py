@@ -203,7 +203,7 @@ class Design:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Design:
         """The design that `to_json` wrote; ConfigError for a field it does not know or that is missing."""
-        return _build(cls, data)
+        return config_tools.rebuild(cls, data, "the design")
 
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON: two designs are the same study exactly when their digests are equal."""
@@ -268,16 +268,3 @@ def _check_cell(design: Design, cell: CellKey, where: str) -> None:
         require_known(level, levels[name], f"{where}: {name} has no level ")
     absent = [name for name in levels if name not in dict(cell)]
     require(not absent, f"{where}: cell {dict(cell)} gives no level for {', '.join(absent)}")
-
-
-_PARTS = {"factors": Factor, "metrics": Metric, "comparisons": Comparison}  # the fields of a design that hold dataclasses
-
-
-def _build(cls: type, data: Mapping[str, Any]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in data:
-        require_known(name, fields, f"{cls.__name__} has no field ")
-    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    absent = [name for name in needed if name not in data]
-    require(not absent, f"{cls.__name__} lacks {', '.join(absent)}")
-    return cls(**{k: tuple(_build(_PARTS[k], v) for v in value) if k in _PARTS else value for k, value in data.items()})

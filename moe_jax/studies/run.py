@@ -83,7 +83,6 @@ def run_study(
     workdir: Path,
     stop: Callable[[], bool] = lambda: False,
     retry_failed: bool = False,
-    keep_checkpoints: bool = False,
     lanes: int = 1,
     mesh: Mesh | None = None,
     shared: Path | None = None,
@@ -123,11 +122,14 @@ def run_study(
             failed += row.status == "failed"
         if error is not None:
             raise error
-        part.update(job.config.updates)
-        if row.status == "finished" and not keep_checkpoints:
+        part.update(size(job))
+        if row.status == "finished":
             on_first(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
 
-    with Progress(sum(job.config.updates for job in jobs), label=experiment.name) as progress:
+    def size(job: _Job) -> int:
+        return job.config.updates if experiment.measure is None else 1
+
+    with Progress(sum(map(size, jobs)), label=experiment.name) as progress:
         steps: Counter[str] = Counter()
         for group in _groups(jobs, lanes):
             prepared = [job._replace(config=experiment.prepare(shop, job.config)) if experiment.prepare else job for job in group]
@@ -160,14 +162,14 @@ def _one(experiment, cell, seed, config, folder, shared: "Workshop", program, pr
         if experiment.measure is not None:
             return _measured(experiment, cell, seed, config, shared, where, stop), None
         result = experiment.runner.run(config, program, data, folder, progress, stop)
+        wanted = [metric.name for metric in experiment.design.metrics]
+        metrics = _finite({name: value for name, value in result.metrics.items() if name in wanted})
     except Stopped:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         row = Run(cell, seed, "failed", seconds=time.monotonic() - began, provenance=where, error=text)
         return row, None if isinstance(error, NonFinite) else error
-    wanted = [metric.name for metric in experiment.design.metrics]
-    metrics = {name: value for name, value in result.metrics.items() if name in wanted}
     series = {name: values for name, values in result.series.items() if name in experiment.runner.series}
     arrays = {"load": result.load} if result.load else {}
     return Run(cell, seed, "finished", metrics, series, arrays, result.seconds, where), None
@@ -179,10 +181,15 @@ def _measured(experiment: Experiment, cell, seed, config, shop: "Workshop", wher
         raise Stopped("stopped between two runs; the same command goes on from there")
     began = time.monotonic()
     metrics, arrays = experiment.measure(shop, config, cell, seed)  # type: ignore[misc]
+    return Run(cell, seed, "finished", _finite(metrics), {}, arrays, time.monotonic() - began, where)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a run. Raises NonFinite naming those that are not finite: a ledger takes them of no finished run."""
     wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise NonFinite(f"what was measured is not finite: {', '.join(wrong)}; lower the noise, or look at the checkpoint")
-    return Run(cell, seed, "finished", dict(metrics), {}, arrays, time.monotonic() - began, where)
+    return dict(metrics)
 
 
 def cell_name(cell: Mapping[str, Any], seed: int) -> str:
@@ -253,8 +260,8 @@ class _Part:
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0) -> None:
         with self.lock:
             earlier = 0 if self.name in self.steps else step - 1  # a run that goes on begins after them
-            self.steps[self.name] = step
-            if tokens:
+            before, self.steps[self.name] = self.steps.total(), step
+            if self.steps.total() != before:  # the end of a run says again what its last step said
                 self.progress.update(self.steps.total(), metrics, tokens, earlier)
 
 

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_jax.errors import ConfigError, DataError
+from moe_jax.files import read_object
 
 FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -22,7 +22,7 @@ class Chat:
     @classmethod
     def beside(cls, tokenizer: Path) -> "Chat":
         """What tokenizer_config.json, generation_config.json and chat_template.jinja beside a tokenizer.json say; each may be absent. Raises DataError."""
-        config, generation = (_object(tokenizer.parent / name) for name in FILES[:2])
+        config, generation = (read_object(tokenizer.parent / name, DataError) or {} for name in FILES[:2])
         template, own = config.get("chat_template") or "", tokenizer.parent / FILES[2]
         if isinstance(template, list):  # several by name
             template = next((one.get("template", "") for one in template if isinstance(one, dict) and one.get("name") == "default"), "")
@@ -65,15 +65,3 @@ class Chat:
             (folder / FILES[1]).write_text(json.dumps({"eos_token_id": list(self.stops)}, indent=2) + "\n")
         if self.template:
             (folder / FILES[2]).write_text(self.template, encoding="utf-8")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({str(error)[:100]})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds no object")
-    return value

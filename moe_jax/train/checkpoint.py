@@ -104,12 +104,12 @@ class Checkpoints:
         `abstract_state` holds arrays or ShapeDtypeStructs. A leaf with a sharding comes back in it, on whatever mesh; one without,
         or of an uncommitted array, comes back uncommitted on the default device, as a fresh `init` would give it.
 
-        A damaged step is renamed to `<step>.damaged` with a warning and the one before it is tried, unless `step` was asked for.
+        A damaged step is renamed to `<step>.damaged` with a warning, and the one before it is tried unless `step` was asked for.
         Raises CheckpointError when no good step is left, or the data fingerprint, a shape, a dtype or the tree differs;
         ConfigError when the config differs. Those are not damage: nothing is renamed.
         """
         found, manifest = distributed.on_first(lambda: self._choose(step))
-        return distributed.on_all(lambda: self._load(found, manifest, abstract_state)), found
+        return self.load(found, manifest, abstract_state), found
 
     def _choose(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """The step to restore and its manifest; what is damaged is set aside."""
@@ -137,6 +137,10 @@ class Checkpoints:
             return _verified_manifest(self.folder / str(step), step)
         except _Damaged as error:
             raise _Damaged(f"checkpoint step {step} in {self.folder} is damaged: {error}") from None
+
+    def load(self, step: int, manifest: Mapping[str, Any], abstract_state: Any) -> Any:
+        """As `restore` a step whose `manifest` was read a moment ago: its bytes are not hashed again, and nothing is renamed."""
+        return distributed.on_all(lambda: self._load(step, manifest, abstract_state))
 
     def _begin(self, saving: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +213,7 @@ class Checkpoints:
         try:
             leaves = _orbax_restore(self.folder / str(step) / _STATE, wanted)
         except Exception as error:
-            raise CheckpointError(f"{where} has the bytes that were saved, but orbax cannot read them: {_first_line(error)}") from error
+            raise CheckpointError(f"{where} was verified, but orbax cannot read it: {_first_line(error)}") from error
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[path] for path in wanted])
 
     def _set_aside(self, step: int, why: str) -> str:

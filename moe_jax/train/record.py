@@ -34,13 +34,19 @@ def trace_info(model: ModelConfig, data: Data, rows: int, source: str, weights: 
     return TraceInfo(*numbers, data.fingerprint, source, weights, extra=extra)
 
 
+def source_of(model: ModelConfig, noise: NoiseSpec | None, split: str) -> str:
+    """What routes recorded over train or validation are: "reference" of a clean pass, "noisy" where the noise acts in that phase."""
+    acting = None if noise is None else model.resolve(noise).in_phase("train" if split == "train" else "eval")
+    return "reference" if acting is None else "noisy"
+
+
 def record(
     model: Model,
     params: dict[str, Any],
     data: Data,
     folder: str | Path,
     steps: int,
-    source: str = "reference",
+    source: str | None = None,
     noise: NoiseSpec | None = None,
     weights: bool = True,
     split: str = "train",
@@ -51,7 +57,7 @@ def record(
 
     A forward pass without dropout on the tokens that training (phase "train") or evaluation ("eval") reads, noise with the draws that they make.
     A recording that was cut off is made again from its beginning; steps that are there with the same bits are left as they are. Of several
-    processes each writes its rows.
+    processes each writes its rows. source: of TraceInfo; None: that of `source_of`.
     Raises ConfigError (no router, unknown split, more ids than embeddings), TraceError (another trace in the folder, or a disk that refuses).
     """
     if split not in ("train", "validation") or not model.config.moe_layers:
@@ -61,7 +67,8 @@ def record(
     rows = data.config.accumulation * data.config.batch_size if training else eval_batch or data.config.batch_size
     batches = map(data.batch, range(steps)) if training else itertools.islice(data.validation_batches(rows), steps)
     extra = {"split": split, "noise": repr(noise or ""), "noise_seed": noise_seed}
-    info, part = trace_info(model.config, data, rows, source, weights, **extra), (jax.process_index(), jax.process_count())
+    source, part = source or source_of(model.config, noise, split), (jax.process_index(), jax.process_count())
+    info = trace_info(model.config, data, rows, source, weights, **extra)
     with on_all(lambda: TraceWriter(folder, info, part)) as writer:
         for step, batch in enumerate(batches):
             tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.config_tools import apply_overrides
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.model import ModelConfig
 from moe_jax.noise import NoiseSpec
 from moe_jax.noise.aqn import AQN
@@ -72,10 +72,7 @@ class RunConfig:
         if self.loss_windows is not None and (self.loss_windows < 1 or self.loss_windows % self.eval_batch):
             raise ConfigError(f"loss_windows={self.loss_windows} must be a positive multiple of eval_batch={self.eval_batch}")
         for field in ("replay_what", "record_what"):
-            if getattr(self, field) not in WHAT:
-                raise ConfigError(
-                    f"unknown {field} {getattr(self, field)!r}{nearest(getattr(self, field), WHAT)}; known: {', '.join(WHAT)}"
-                )
+            check_known(field, getattr(self, field), WHAT)
         if (self.replay or self.record or self.compare) and not self.model.moe_layers:
             raise ConfigError("this model has no router, so there are no routes to replay, record or compare")
         if self.record and self.record in (self.replay, self.compare):

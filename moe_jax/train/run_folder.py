@@ -29,7 +29,7 @@ from typing import Any, Self
 from moe_jax import distributed
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import ConfigError
-from moe_jax.files import write_atomic
+from moe_jax.files import read_object, write_atomic
 
 SCHEMA = "moe_jax.run_folder/1"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "scipy")
@@ -250,16 +250,10 @@ class RunFolder(Closing):
         write_atomic(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
         try:
-            value = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}; restore it, or use another folder") from error
-        if not isinstance(value, dict):
-            raise ConfigError(f"cannot read {path}: it holds {type(value).__name__}, not the object this code writes")
-        return value
+            return read_object(self.path / name, ConfigError)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; restore it, or use another folder") from None
 
 
 def _check_alike(of_first: dict[str, Any], config: Any) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import typing
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import paths
+from moe_jax.config_tools import rebuild
 from moe_jax.errors import CheckpointError, ConfigError, MoeJaxWarning, nearest
 from moe_jax.hf import gguf
 from moe_jax.hf.config import FAMILIES, Family, read_config
@@ -75,10 +75,10 @@ def load_model(source: str | os.PathLike[str], step: int | None = None) -> Saved
     """A preset by name, with fresh parameters of seed 0; smollm2_135m (launch.data --fetch=smollm2_135m); the folder of a Hugging Face checkpoint; a .gguf
     file; or what a run has trained: its folder, or the folder of its checkpoints.
 
-    step: which checkpoint of a run; None: the newest that is intact, with a warning for each that is not. All of its bytes are verified, and nothing is
-    renamed. The configuration is that in the checkpoint, with defaults for what it does not say. The optimizer's state is read to host memory and dropped.
-    A folder that is called like a preset is written ./NAME. Raises ConfigError (nothing of that name; fields that this code does not have), MissingData (not
-    fetched), CheckpointError (no checkpoint, none that is intact, or parameters of other shapes).
+    step: which checkpoint of a run; None: the newest that is intact, with a warning for each that is not. All of its bytes are verified, once and here, and
+    nothing is renamed. The configuration is that in the checkpoint, with defaults for what it does not say. The optimizer's state is read to host memory and
+    dropped. A folder that is called like a preset is written ./NAME. Raises ConfigError (nothing of that name; fields that this code does not have),
+    MissingData (not fetched), CheckpointError (no checkpoint, none that is intact, or parameters of other shapes).
     """
     name, path = str(source), Path(source)
     if name in PRESETS:
@@ -133,26 +133,13 @@ def _of_run(source: Path, step: int | None) -> Saved:
     def load(model: Model, progress: Progress | None) -> dict[str, Any]:
         del progress  # the reader of checkpoints has none
         host = {path: np.broadcast_to(np.zeros((), jnp.dtype(kind)), shape) for path, (shape, kind) in manifest["leaves"].items()}
-        leaves, _ = Checkpoints(folder, manifest["config"], manifest["data_fingerprint"]).restore(host, found)
+        leaves = Checkpoints(folder, manifest["config"], manifest["data_fingerprint"]).load(found, manifest, host)
         flat = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
         types = {path: spec.dtype for path, spec in paths.flatten(model.specs).items()}
         return model.place(paths.unflatten({path: np.asarray(leaf).astype(types[path]) for path, leaf in flat.items()}))
 
     tokenizer = manifest["config"].get("tokenizer") or None  # of reinforcement learning
     return Saved(config, f"{source.resolve().name}, trained for {found:,} updates", load, run, found, tokenizer)
-
-
-def rebuild(kind: Any, value: Any, where: str) -> Any:
-    """The dataclass that `config_dict` made `value` of; a field that it lacks gets its default. Raises ConfigError naming unknown fields."""
-    if isinstance(value, list):
-        return tuple(value)
-    if not dataclasses.is_dataclass(kind):
-        return value
-    kinds = typing.get_type_hints(kind)
-    unknown = [field for field in value if field not in kinds]
-    if unknown:
-        raise ConfigError(f"{where} was written by other code: {kind.__name__} has no {', '.join(unknown)} here")  # type: ignore[union-attr]
-    return kind(**{field: rebuild(kinds[field], part, where) for field, part in value.items()})  # type: ignore[operator]
 
 
 def _intact(source: Path, step: int | None) -> tuple[Path, int, dict[str, Any]]:

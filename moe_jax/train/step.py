@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import paths, routing, routing_stats
-from moe_jax.errors import ConfigError, nearest
+from moe_jax.errors import ConfigError, check_known
 from moe_jax.keys import Draw
 from moe_jax.losses import BALANCE_SCOPES, balance_of
 from moe_jax.model import Model
@@ -39,9 +39,7 @@ class Objective:
         object.__setattr__(self, "freeze", check_freeze(self.freeze))
         if not 0 <= self.bias_rate < math.inf:
             raise ConfigError(f"bias_rate must be finite and not negative, got {self.bias_rate}")
-        if self.balance_scope not in BALANCE_SCOPES:
-            close = nearest(self.balance_scope, BALANCE_SCOPES)
-            raise ConfigError(f"unknown balance_scope {self.balance_scope!r}{close}; known: {', '.join(BALANCE_SCOPES)}")
+        check_known("balance_scope", self.balance_scope, BALANCE_SCOPES)
         if self.layer_reduction not in ("sum", "mean"):
             raise ConfigError(f"layer_reduction must be sum or mean, got {self.layer_reduction!r}")
 

@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def is_path(spec: str) -> bool:
 
 
 def documents(spec: str | Source, cache: Cache = None, limit: int | None = None) -> list[str]:
-    """The texts of a source in file order, at most `limit`.
+    """The texts of a source in file order, as far as `limit` of them that are more than blanks.
 
     spec is a catalogue name of kind text, or PATH or PATH#FIELD, where PATH is one of
       x.parquet, x.jsonl    one document per row, from column or field FIELD (default `text`)
@@ -37,7 +37,13 @@ def documents(spec: str | Source, cache: Cache = None, limit: int | None = None)
             texts = synthetic_texts(source.documents or 0)
         else:
             texts = (text for path in locate(source, cache) for text in _read(path, source.field))
-    return list(islice(texts, limit))
+    found, full = [], 0
+    for text in texts:
+        found.append(text)
+        full += bool(text.strip())
+        if full == limit:
+            break
+    return found
 
 
 def _own(spec: str) -> Iterator[str]:
@@ -57,8 +63,15 @@ def _read(path: Path, field: str) -> Iterator[str]:
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
     if path.suffix not in readers:
         raise DataError(f"cannot read {path}: its name must end in {', '.join(SUFFIXES)}")
-    try:
+    with _readable(path):
         yield from readers[path.suffix](path, field)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system says of a file as a DataError."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
     except OSError as error:
@@ -73,9 +86,17 @@ def _read_txt(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        for where, line in ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip()):
-            yield _text(_parsed(line, where), field, where)
+    for record, where in records(path):
+        yield _text(record, field, where)
+
+
+def records(path: Path) -> Iterator[tuple[Any, str]]:
+    """The records of a .jsonl file, each with the words for where it stands. Raises DataError (unreadable, not UTF-8, a line that is not JSON)."""
+    with _readable(path), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield _parsed(line, where), where
 
 
 def _read_json(path: Path, field: str) -> Iterator[str]:
@@ -89,8 +110,8 @@ def _read_json(path: Path, field: str) -> Iterator[str]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # too deep for the parser is as unreadable as broken
+        raise DataError(f"{where} is not JSON ({str(error)[:100]}); is the file complete? Fetch it again") from None
 
 
 def _text(record: Any, field: str, where: str) -> str:

@@ -170,13 +170,12 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 class Progress(Closing):
     """How far a run is: a bar on a terminal, else one plain line every `every` seconds, at the first step and at the end; process 0's alone.
 
-    `start` is the step that a resumed run begins after. `clock` is in seconds.
+    `clock` is in seconds.
     """
 
     def __init__(
         self,
         total: int,
-        start: int = 0,
         label: str = "train",
         every: float = 10.0,
         stream: TextIO | None = None,
@@ -185,12 +184,12 @@ class Progress(Closing):
         self._total, self._label, self._every = total, label, every
         self._stream, self._clock = stream or sys.stderr, clock
         self._began = clock()
-        self._step, self._tokens = start, 0
+        self._step, self._tokens = 0, 0
         self._mark: tuple[int, float] | None = None  # (step, time) of the first update: the first step holds the compilation
         self._last_line = -math.inf
         self._line = ""
         self._talks = distributed.first()
-        self._bar = _bar(self._stream, label, total, start) if self._talks and self._stream.isatty() else None
+        self._bar = _bar(self._stream, label, total) if self._talks and self._stream.isatty() else None
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None, tokens: int = 0, earlier: int = 0) -> None:
         """Step `step` is done, with the few metrics to show. Since the last update: `tokens` processed; `earlier` of the steps by an earlier launch."""
@@ -250,7 +249,7 @@ class Transfer:
             self._stream.flush()
 
 
-def _bar(stream: TextIO, label: str, total: int, start: int) -> Any:
+def _bar(stream: TextIO, label: str, total: int) -> Any:
     """A rich progress bar with one task and a line of text. Rich comes with flax; without it None, and the plain lines do."""
     try:
         from rich import console, progress
@@ -259,6 +258,6 @@ def _bar(stream: TextIO, label: str, total: int, start: int) -> Any:
     columns = (progress.BarColumn(bar_width=24), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[text]}"))
     text = progress.TextColumn("{task.description}")
     bar = progress.Progress(text, *columns, console=console.Console(file=stream), refresh_per_second=4)
-    bar.add_task(label, total=total, completed=start, text="")
+    bar.add_task(label, total=total, text="")
     bar.start()
     return bar

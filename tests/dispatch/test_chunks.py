@@ -8,9 +8,18 @@ import pytest
 import moe_jax as mj
 from moe_jax.errors import ConfigError
 from moe_jax.mesh import MeshSpec
+from tests import few_sizes
 
 CONFIG = mj.ModelConfig.preset("tiny", num_layers=1, num_experts=8)
 TOKENS = jax.random.randint(jax.random.key(1), (4, 16), 0, 260)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """Chunks are not about the sizes of tiles."""
+    few_sizes.use(few_sizes.few)
+    yield
+    few_sizes.use(few_sizes.fit)
 
 
 def step(config, mesh="", noise="matmuls=relative:0.05"):

@@ -1,6 +1,7 @@
 """The matrix of seed 004: its arms, what they noise and replay, that its claims are read off as the rule says, and a run of it end to end."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from experiments import e7b, e7b_verdicts
 from experiments.catalogue import load
 from experiments.e7b_verdicts import CLAIMS, Claim, verdict
 from launch.preview import preview
+from moe_jax.config_tools import config_dict
 from moe_jax.errors import ConfigError, Unsupported
 from moe_jax.rl.planned import PolicyRun
 from moe_jax.studies import Ledger, report, stats
 from moe_jax.studies.ledger import Run
-from moe_jax.studies.run import run_study
+from moe_jax.studies.run import Workshop, run_study
 
 RESULTS = Path(__file__).parents[2] / "results" / "e7b_mini"
 
@@ -148,6 +150,19 @@ def test_a_study_of_reinforcement_learning_has_no_lanes(tmp_path):
 def test_unknown_preset():
     with pytest.raises(ConfigError, match="did you mean 'mini'"):
         load("e7b:mimi")
+
+
+def test_the_folder_of_a_warm_policy_says_what_ran(tmp_path, monkeypatch):
+    """Also where an earlier version has begun it and said nothing; a launch that goes on adds a line."""
+    made = []
+    monkeypatch.setattr(e7b, "warm_up", lambda config, task, home, *_: made.append((config_dict(config), home)))
+    experiment, shop = load("e7b:smoke"), Workshop(tmp_path)
+    (tmp_path / "warm" / "moe" / "seed-1").mkdir(parents=True)
+    for launch in (1, 2):
+        home = Path(experiment.prepare(shop, experiment.config({"model": "moe", "arm": "clean"}, 1)).start)
+        assert made[-1] == (json.loads((home / "config.json").read_text()), home) and home.name == "seed-1"
+        assert json.loads((home / "versions.json").read_text())["device"].endswith("(cpu)")
+        assert len((home / "command.txt").read_text().splitlines()) == len(made) == launch
 
 
 @pytest.mark.slow

@@ -24,6 +24,16 @@ def test_every_preset_declares_a_study_whose_configs_are_valid(preset):
     assert type(experiment.design).from_json(experiment.design.to_json()) == experiment.design
 
 
+def test_best_and_final_are_both_given_where_a_study_evaluates_while_it_trains():
+    """But for `small`, whose published design has the final one alone."""
+    for preset in set(PRESETS) - {"small"}:
+        experiment = load(f"noise_factorial:{preset}")
+        asked = {metric.name for metric in experiment.design.metrics}
+        assert "val_perplexity" in asked and ("val_perplexity_best" in asked) == (experiment.configs()[0].eval_every > 0) == (
+            preset == "corrected"
+        )
+
+
 def test_followups_change_one_thing_at_a_time():
     experiment = load("noise_factorial:followups")
     base = experiment.design.cells()[0]

@@ -87,15 +87,15 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, positional=POSITIONAL)
+    run(main, positional=WRAPS, resumable=not WRAPS)
 '''
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("commands")
-    (path / "sample.py").write_text(COMMAND.replace("POSITIONAL", "False").lstrip())
-    (path / "wrapper.py").write_text(COMMAND.replace("POSITIONAL", "True").lstrip())
+    (path / "sample.py").write_text(COMMAND.replace("WRAPS", "False").lstrip())
+    (path / "wrapper.py").write_text(COMMAND.replace("WRAPS", "True").lstrip())
     return path
 
 
@@ -228,6 +228,24 @@ def test_a_signal_stops_with_75(start, name, do):
         assert err == f"\n{name}: stopping after this step; once more stops at once\nstopped: {name} at a step\n"
     else:
         assert err.startswith("stopped: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_command_without_checkpoints_says_that_it_begins_anew(start, name, code):
+    """A scheduler that queues 75 again must not take it for one that goes on."""
+    with start("--workdir=x", "--do=wait", module="wrapper") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (code, f"stopped: {name}; the same command begins anew\n")
+
+
+def test_the_commands_that_go_on_are_those_that_say_75():
+    """`resumable` and the manual agree, command by command."""
+    commands = {path.stem: path.read_text() for path in (ROOT / "launch").glob("*.py") if "\n    run(main" in path.read_text()}
+    says = {name for name, text in commands.items() if "75" in text.split('"""')[1]}
+    assert says == {name for name, text in commands.items() if "resumable=True)" in text} == {"local", "rl", "study", "train"}
+    assert len(commands) == 12
 
 
 def test_a_second_signal_stops_at_once(start):

@@ -1,28 +1,26 @@
 """`launch.convert`, `launch.generate`, and the other commands on a Hugging Face folder: from a stored checkpoint to a trained mixture and back."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from launch.convert import _save_tokenizer as save_tokenizer
+from moe_jax.generate import Generated, Sampler
 from moe_jax.hf.shards import find_tensors
 from moe_jax.trace_store import read_trace
 from moe_jax.train import tokenizers
+from moe_jax.train.data import DataConfig
 from moe_jax.train.saved import load_model
+from tests.launch.here import call
 
-ROOT = Path(__file__).parents[2]
-STORED = ROOT / "tests" / "parity" / "stored"
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+STORED = Path(__file__).parents[1] / "parity" / "stored"
 
 
 def command(module: str, *flags: str, code: int = 0):
-    done = subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = call(module, *flags)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -76,44 +74,47 @@ def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, mixtur
     assert any("experts" in name for name in moved) and any("gate.weight" in name for name in moved)
 
 
+def test_the_pace_counts_the_sequences_that_go_on(monkeypatch):
+    """A second for each step; of two sequences one stops after the fourth token and the other after the sixth."""
+    clock = SimpleNamespace(now=0.0)
+
+    def sample(self, params, prompts, sampling, noise, draw, progress):
+        for step, going in enumerate((2, 2, 2, 2, 1, 1, 0), 1):
+            progress(step, going)
+            clock.now += 1
+        tokens, lengths = np.full((2, 8), 97), np.array([1, 1])
+        return Generated(tokens, lengths, lengths + (4, 6), np.zeros((2, 8), np.float32), None)
+
+    monkeypatch.setattr(Sampler, "__call__", sample)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    told = command("generate", "--model=qwen3_tiny", "--tokenizer=bytes", "--prompt=a", "--prompt=b").stderr
+    assert "10 tokens of 2 sequences in 7.0 s, 1.6 tokens/s after compiling" in told  # 2 + 2 + 2 + 1 + 1 in five seconds
+
+
 def test_a_dry_run_shows_the_config_that_would_be_written():
     text = command("convert", "--from=qwen3_tiny", "--dtype=bfloat16", "--dry_run").stdout
     assert json.loads(text[: text.index("\n}") + 2])["torch_dtype"] == "bfloat16"
 
 
-SAVE = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from launch.convert import _save_tokenizer
-from moe_jax.train.data import DataConfig
-folder = Path(sys.argv[1])
-run = SimpleNamespace(data=DataConfig(str(folder / "text.txt#paragraphs"), "bpe:300", max_documents=int(sys.argv[2])))
-_save_tokenizer(SimpleNamespace(tokenizer=None, run=run), folder / sys.argv[2])
-"""
-
-
-def test_a_tokenizer_that_was_trained_with_a_run_goes_along(tmp_path):
+def test_a_tokenizer_that_was_trained_with_a_run_goes_along(tmp_path, monkeypatch, capsys):
     """Of two in the cache, each is found that was trained on the run's own documents; a text that is gone is told."""
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     paragraphs = [
         f"the {word} of number {number} is {'a' * number} {word}" for number, word in enumerate(["sea", "hill", "lake", "moor"] * 3)
     ]
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
-    for count in ("6", "12"):
-        (tmp_path / count).mkdir()
-        done = save(tmp_path, count)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-    found = {count: (tmp_path / count / "tokenizer.json").read_text() for count in ("6", "12")}
-    assert found["6"] != found["12"] and json.loads(found["6"])["model"]["type"] == "BPE"
+
+    def save(count):
+        (tmp_path / str(count)).mkdir(exist_ok=True)
+        data = DataConfig(str(tmp_path / "text.txt#paragraphs"), "bpe:300", max_documents=count)
+        save_tokenizer(SimpleNamespace(tokenizer=None, run=SimpleNamespace(data=data)), tmp_path / str(count))
+        return capsys.readouterr().err
+
+    assert not save(6) and not save(12)
+    found = {count: (tmp_path / str(count) / "tokenizer.json").read_text() for count in (6, 12)}
+    assert found[6] != found[12] and json.loads(found[6])["model"]["type"] == "BPE"
     (tmp_path / "text.txt").unlink()
-    assert save(tmp_path, "6").stderr.startswith("no tokenizer.json: ")
-
-
-def save(folder, count):
-    environment = ENVIRONMENT | {"MOE_JAX_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-c", SAVE, str(folder), count], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    assert save(6).startswith("no tokenizer.json: ")
 
 
 def test_generation_continues_prompts_and_records_routes(mixture, tmp_path):

@@ -18,18 +18,24 @@ from moe_jax.config_tools import apply_overrides
 from moe_jax.mesh import MeshSpec
 from moe_jax.model import ModelConfig
 from moe_jax.plan.costs import preset_run
+from tests.launch.here import call
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def plan(*flags: str, cache: Path | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | ({"MOE_JAX_CACHE": str(cache)} if cache else {})
-    return subprocess.run(
-        [sys.executable, "-m", "launch.plan", *flags], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
-    )
+@pytest.fixture
+def plan(tmp_path):
+    """The command, with nothing in its cache of plans."""
+    return lambda *flags: call("plan", *flags, MOE_JAX_CACHE=str(tmp_path / "cache"))
 
 
-def test_a_plan_of_gpus(tmp_path):
+def started(*flags: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own, which has as many CPU devices as the topology has chips."""
+    argv = [sys.executable, "-m", "launch.plan", *flags]
+    return subprocess.run(argv, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_plan_of_gpus(plan, tmp_path):
     """The text has every part, the page and the JSON file are there."""
     done = plan(
         "--preset=tiny", "--topology=h100:4", "--mesh=expert=4", "--noise=all=relative:0.05", "--remat=full", f"--workdir={tmp_path}"
@@ -51,21 +57,23 @@ def test_a_plan_of_gpus(tmp_path):
 
 
 def test_a_dry_run_compiles_nothing_and_says_why():
-    done = plan("--preset=qwen3_30b_a3b", "--topology=h100:64", "--dry_run")
+    done = started("--preset=qwen3_30b_a3b", "--topology=h100:64", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "meshes" in done.stdout and "traffic with remat=" in done.stdout and "compiling" not in done.stderr
 
 
-def test_the_command_is_one_that_a_shell_reads_as_it_is_meant():
-    """A list is a value of one --set, and the settings make the model that was planned."""
+@pytest.mark.parametrize("mesh", [MeshSpec(data=4), MeshSpec()])
+def test_the_command_is_one_that_a_shell_reads_as_it_is_meant(mesh):
+    """A list is a value of one --set, and the settings make the model that was planned. A mesh of one device, which none names, is left out."""
     config = preset_run("tiny", 4)
     config = dataclasses.replace(config, model=config.model.replace(dense_layers=(0, 1)))
-    plan = SimpleNamespace(config=config, mesh=MeshSpec(data=4), noise="")
+    plan = SimpleNamespace(config=config, mesh=mesh, noise="")
     argv = shlex.split(command(plan, Request("h100:4", "tiny", None, "", None, None, None, "", None)))
     sets = [value for flag, value in itertools.pairwise(argv) if flag == "--set"]
     assert all(word.startswith("--") or before == "--set" for before, word in itertools.pairwise(argv[2:]))
     start = dataclasses.replace(config, model=ModelConfig.preset("tiny"))
     assert apply_overrides(start, sets).model == config.model
+    assert [MeshSpec.parse(word.partition("=")[2]) for word in argv if word.startswith("--mesh")] == [mesh] * (mesh.size > 1)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +91,14 @@ def test_the_command_is_one_that_a_shell_reads_as_it_is_meant():
         (["--topology=h100:4"], "name one of --preset and --experiment"),
     ],
 )
-def test_bad_input_is_one_line(flags, words):
+def test_bad_input_is_one_line(plan, flags, words):
     done = plan(*flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1 and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu_a_tpu_topology_says_how_to_get_it():
+def test_without_libtpu_a_tpu_topology_says_how_to_get_it(plan):
     done = plan("--preset=tiny", "--topology=v5e:4x4")
     assert done.returncode == 2 and "pip install 'moe-jax[plan]'" in done.stderr
 
@@ -98,6 +106,7 @@ def test_without_libtpu_a_tpu_topology_says_how_to_get_it():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_small_model_compiles_for_a_slice_of_tpus(tmp_path):
-    done = plan("--preset=qwen3_tiny", "--topology=v5e:2x2", "--mesh=expert=4", "--noise=all=relative:0.05", "--steps=all", cache=tmp_path)
+    flags = ("--preset=qwen3_tiny", "--topology=v5e:2x2", "--mesh=expert=4", "--noise=all=relative:0.05", "--steps=all")
+    done = started(*flags, MOE_JAX_CACHE=str(tmp_path))
     assert done.returncode == 0 and "FITS" in done.stdout, done.stderr
     assert "train +" in done.stdout and "+0 collectives" in done.stdout

@@ -1,14 +1,9 @@
 """launch.rl as a command: what it says of a run that cannot be done again."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 from experiments.catalogue import load
 from moe_jax.studies import Ledger
 from moe_jax.studies.ledger import Run
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.here import call
 
 
 def test_a_run_that_was_refused_says_why(tmp_path):
@@ -17,6 +12,5 @@ def test_a_run_that_was_refused_says_why(tmp_path):
     seed = experiment.design.seeds[0]
     ledger = Ledger.open(tmp_path, experiment.design)
     ledger.append(Run({"model": "moe", "arm": "clean"}, seed, "failed", error="NonFinite: update 3 was refused"))
-    command = [sys.executable, "-m", "launch.rl", "--experiment=e7b:smoke", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = call("rl", "--experiment=e7b:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 1 and f"moe, clean, seed {seed}: NonFinite: update 3 was refused" in done.stdout, done.stderr

@@ -1,10 +1,6 @@
 """`launch.sensitivity`: the numbers that follow from logits, the report's sentences and tables, and the command itself."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +19,8 @@ from moe_jax.noise import NoiseSpec
 from moe_jax.sensitivity import CLEAN, OPPOSITE, Sensitivity, sensitivity
 from moe_jax.train.data import DataConfig
 from moe_jax.train.saved import load_model
+from tests.launch.here import call
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig.preset("tiny", dispatch="dense")
 ABOUT = About("tiny, fresh", "made-up text", "all=relative:0.2", NoiseSpec.parse("relative:0.2").table(), ("relative",), "eval", 4, 2)
 
@@ -219,12 +215,6 @@ def test_a_preset_gets_a_text_that_fits_and_a_bad_config_is_refused():
         Config("tiny", "relative:0.1", config.data, seeds=1)
 
 
-def command(*flags, check=True):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    run = [sys.executable, "-m", "launch.sensitivity", *flags]
-    return subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
-
-
 def test_the_command_from_end_to_end(tmp_path):
     flags = [
         "--model=tiny",
@@ -235,7 +225,8 @@ def test_the_command_from_end_to_end(tmp_path):
         "--seeds=2",
         "--seq_len=16",
     ]
-    done = command(*flags, f"--workdir={tmp_path / 'a'}")
+    done = call("sensitivity", *flags, f"--workdir={tmp_path / 'a'}")
+    assert done.returncode == 0, done.stderr
     assert "all noise, clean experts replayed" in done.stdout and "report.html" in done.stdout and "batch 2/2 (100%)" in done.stderr
     numbers = json.loads((tmp_path / "a" / "report.json").read_text())
     assert numbers["tokens"] == [32, 16] and numbers["about"]["phase"] == "eval"
@@ -254,7 +245,7 @@ def test_the_command_from_end_to_end(tmp_path):
 )
 def test_errors_are_one_line(flags, code, message, tmp_path):
     """And they come before there is a folder."""
-    failed = command(*(flag.replace("=x", f"={tmp_path / 'x'}") for flag in flags), check=False)
+    failed = call("sensitivity", *(flag.replace("=x", f"={tmp_path / 'x'}") for flag in flags))
     assert not (tmp_path / "x").exists()
     assert failed.returncode == code and message in failed.stderr, failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr

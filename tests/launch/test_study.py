@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.studies import Ledger
+from tests.launch.here import call
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, as a user has
@@ -42,7 +43,7 @@ def test_it_prints_what_it_found(unbroken):
     assert "1 for training, 1 for evaluation, 1 for initialisation" in done.stdout
     assert "report.html" in done.stdout and (workdir / "report.html").stat().st_size > 50_000
     assert len(numbers(workdir)) == 18
-    again = finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}")
+    again = call("study", "--experiment=noise_factorial:smoke", f"--workdir={workdir}")
     assert again.returncode == 0 and "nothing to do" in again.stdout
     report = finish("launch.report", f"--workdir={workdir}")
     assert report.returncode == 0 and "Contrasts, paired by seed" in report.stdout
@@ -56,7 +57,7 @@ def test_a_run_that_was_refused_is_named_when_nothing_else_is_left(unbroken, tmp
         row | {"status": "failed", "error": "NonFinite: update 1 was refused", "metrics": {}, "series": {}, "arrays": {}}
     )
     (tmp_path / "ledger.jsonl").write_text("\n".join(lines) + "\n")
-    done = finish("launch.study", "--experiment=noise_factorial:smoke", f"--workdir={tmp_path}")
+    done = call("study", "--experiment=noise_factorial:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 1
     assert "nothing to do, 1 runs met a value that is not finite; --retry_failed runs them again" in done.stdout, done.stdout + done.stderr
 
@@ -85,7 +86,8 @@ def kill_and_finish(workdir, after: float, lanes: int) -> tuple[int, str]:
 
 
 # two lanes make two CPU devices of themselves, as in `make study`
-@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("lanes", [1, 2])
 def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path, lanes):
     rows, printed = kill_and_finish(tmp_path, 0.3, lanes)
     assert rows < 18 and f"to do on {lanes} x cpu" in printed and "1 for training, 1 for evaluation" in printed
@@ -108,28 +110,27 @@ def test_killed_at_random_moments(unbroken, tmp_path, case):
         (["--experimnt=noise_factorial:quick"], 2, "experiment"),
         (["--experiment=qwen3_30b.sensitvity:mini", "--dry_run"], 2, "did you mean 'sensitivity'"),
         (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=2", "--lanes=2"], 2, "leave one out"),
-        (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=2"], 2, "mesh data=2 needs 2 devices, there are 1"),
+        (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=3"], 2, "mesh data=3 needs 3 devices, there are 8"),
         (["--experiment=noise_factorial:smoke", "--workdir=/dev/null/x"], 2, "cannot use"),
     ],
 )
 def test_bad_input_is_one_line(arguments, code, message):
-    done = finish("launch.study", *arguments)
+    done = call("study", *arguments)
     assert done.returncode == code
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_another_studys_folder_is_refused(unbroken):
     workdir, _ = unbroken
-    done = finish("launch.study", "--experiment=noise_factorial:quick", f"--workdir={workdir}")
+    done = call("study", "--experiment=noise_factorial:quick", f"--workdir={workdir}")
     assert done.returncode == 2 and "noise_factorial:smoke" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_missing_or_corrupt_corpus_is_one_line(tmp_path):
     """Code 3, what is wrong, and the command that mends it."""
-    cache = {**ENVIRONMENT, "MOE_JAX_CACHE": str(tmp_path / "cache")}
-    arguments = command("launch.train", "--preset=quick", "--data=wiki", "--steps=1", f"--workdir={tmp_path / 'run'}")
-    done = subprocess.run(arguments, cwd=ROOT, env=cache, capture_output=True, text=True, timeout=120, check=False)
+    arguments = ("--preset=quick", "--data=wiki", "--steps=1", f"--workdir={tmp_path / 'run'}")
+    done = call("train", *arguments, MOE_JAX_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 3 and "launch.data --fetch=wiki" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

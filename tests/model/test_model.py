@@ -104,6 +104,7 @@ def test_the_draw_changes_with_seed_and_step_and_repeats(features, params, token
     np.testing.assert_array_equal(features(params, tokens, noise, draw).hidden, whole.hidden)
 
 
+@pytest.mark.slow
 def test_the_same_ids_on_one_device_and_on_eight(make_model, params, noise, draw):
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, 260, (8, 8)))
     run = jax.jit(lambda *given: make_model().features(*given, capture=("trace",)))
@@ -176,7 +177,9 @@ def test_ids_that_are_no_words_are_refused(make_model, params, tokens):
 
 
 def test_a_balance_scope_that_is_none_is_refused(make_model, params, tokens):
-    with pytest.raises(ConfigError, match="unknown balance_scope 'sequences'; known: sequence, microbatch, global_batch"):
+    with pytest.raises(
+        ConfigError, match=r"unknown balance_scope 'sequences' \(did you mean 'sequence'\?\); known: sequence, microbatch, global_batch"
+    ):
         make_model().loss(params, tokens, tokens, balance_scope="sequences")
 
 

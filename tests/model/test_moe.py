@@ -1,14 +1,18 @@
 """The layer where routing, noise and dispatch meet: who reads the noisy logits, and what comes back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import routing
+from moe_jax.dispatch import dispatch
 from moe_jax.keys import Draw
 from moe_jax.losses import balance_loss, z_loss
-from moe_jax.model import ModelConfig
+from moe_jax.mesh import MeshSpec
+from moe_jax.model import Model, ModelConfig
 from moe_jax.model.bind import bind
 from moe_jax.model.layers import Scope
 from moe_jax.model.moe import MoE
@@ -57,7 +61,22 @@ def test_what_the_router_did(layer, clean):
     np.testing.assert_array_equal(router["load"], np.bincount(np.asarray(ids).reshape(-1), minlength=E))
     np.testing.assert_allclose(router["balance_loss"], balance_loss(logits, ids), rtol=1e-5)
     np.testing.assert_allclose(router["z_loss"], z_loss(logits), rtol=1e-5)
-    assert router["dropped"] == 0 and router["router/entropy"][1] == B * S
+    assert router["router/entropy"][1] == B * S and "router/dropped" not in router  # nothing that could be dropped
+
+
+def test_what_a_dispatch_drops_is_a_metric(monkeypatch):
+    """Of each layer's first token nothing is computed. On a mesh the count is always there."""
+    divided = Model(ModelConfig.preset("tiny"), MeshSpec(expert=4).build(jax.devices()[:4]))
+    assert "router/dropped" in jax.eval_shape(divided.apply, divided.abstract(), jnp.zeros((4, S), jnp.int32)).aux
+
+    def forgetful(x, decision, experts, *about, **how):
+        y, stats = dispatch(x, dataclasses.replace(decision, ids=decision.ids.at[0].set(E)), experts, *about, **how)
+        return y, dataclasses.replace(stats, dropped=jnp.int32(K))
+
+    monkeypatch.setattr("moe_jax.model.moe.dispatch", forgetful)
+    model = Model(ModelConfig.preset("tiny"))
+    out = jax.jit(model.apply)(model.init(0), TOKENS)
+    assert out.aux["router/dropped"] == (2 * K, 2 * B * S * K) and out.load.sum() == 2 * (B * S - 1) * K
 
 
 REACHES = [("selection",), ("weights",), ("balance",), ("selection", "weights", "balance")]

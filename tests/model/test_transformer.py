@@ -26,23 +26,34 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def compiled(program, params, tokens, noise, draw):
-    """(jaxpr as text, result) of the tiny model with a variant's changes, in training: dropout and noise on."""
+def traced(program, params, tokens, noise, draw):
+    """The tiny model with a variant's changes, in training: dropout and noise on."""
 
     @functools.cache
     def one(variant):
-        traced = program(True, dropout=0.1, **VARIANTS.get(variant, {})).trace(params, tokens, noise, draw)
-        return str(traced.jaxpr), traced.lower().compile()(params, tokens, noise, draw)
+        return program(True, dropout=0.1, **VARIANTS.get(variant, {})).trace(params, tokens, noise, draw)
 
     return one
 
 
+@pytest.fixture(scope="module")
+def found(traced, params, tokens, noise, draw):
+    """What a variant computes."""
+    return functools.cache(lambda variant: traced(variant).lower().compile()(params, tokens, noise, draw))
+
+
+@pytest.fixture(scope="module")
+def text(traced):
+    """A variant's program as text."""
+    return functools.cache(lambda variant: str(traced(variant).jaxpr))
+
+
 @pytest.mark.parametrize("variant", [pytest.param(name, marks=pytest.mark.slow if name == "unrolled" else []) for name in VARIANTS])
-def test_variants_are_other_programs_of_one_network(compiled, variant):
+def test_variants_are_other_programs_of_one_network(text, found, variant):
     """The ids are the same exactly; the rest differs by rounding: the order of float32 sums."""
-    text, ((loss, out), gradients) = compiled("plain")
-    other_text, ((other_loss, other_out), other_gradients) = compiled(variant)
-    assert text != other_text
+    (loss, out), gradients = found("plain")
+    (other_loss, other_out), other_gradients = found(variant)
+    assert text(variant) != text("plain")
     np.testing.assert_array_equal(other_out.trace.ids, out.trace.ids)
     np.testing.assert_array_equal(other_out.load, out.load)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
@@ -50,17 +61,17 @@ def test_variants_are_other_programs_of_one_network(compiled, variant):
     chex.assert_trees_all_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_the_programs_are_what_they_say(compiled):
-    texts = {variant: compiled(variant)[0] for variant in ("plain", *VARIANTS)}
+def test_the_programs_are_what_they_say(text):
+    texts = {variant: text(variant) for variant in ("plain", *VARIANTS)}
     assert "remat" not in texts["plain"] and all("remat" in texts[variant] for variant in ("dots", "full"))
     assert texts["dots"] != texts["full"]
     scans = {variant: text.count("= scan[") for variant, text in texts.items()}
     assert scans["unrolled"] < scans["plain"]
 
 
-def test_noise_and_dropout_were_on(compiled, program, params, tokens, noise, draw):
+def test_noise_and_dropout_were_on(found, program, params, tokens, noise, draw):
     """Else the variants were compared in an easier case."""
-    ((loss, out), _) = compiled("plain")[1]
+    (loss, out), _ = found("plain")
     clean_loss, clean = program(False)(params, tokens, None, draw)[0]
     assert abs(loss - clean_loss) > 1e-3 and (out.trace.ids != clean.trace.ids).mean() > 0.02
 

@@ -62,24 +62,11 @@ def test_fewest_stages(aqn):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("total_steps", [20, 58, 997])
-def test_sigma_of_a_traced_step(variant, total_steps):
-    """One trace for all steps; each step is in the interval floor(step * intervals / total), and the last stage goes on after the run."""
-    aqn = AQN(0.05, 0.0005, variant=variant, epochs=3)
-    sigmas = np.array([sigma for _, sigma in aqn.stage_table(total_steps)], np.float32)
-
-    chex.clear_trace_counter()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def sigma(step):
-        return aqn.sigma(step, total_steps)
-
-    steps = range(0, total_steps + 30, 1 if total_steps < 100 else 37)
-    got = np.array([sigma(np.int32(step)) for step in steps])
-    expected = [sigmas[min(step * len(sigmas) // total_steps, len(sigmas) - 1)] for step in steps]
-    np.testing.assert_array_equal(got, expected)
-    value = aqn.sigma(total_steps - 1, total_steps)
-    assert value.shape == () and value.dtype == jnp.float32 and value == sigmas[-1]
+def test_the_stage_of_a_step(variant, total_steps):
+    """Each step is in the interval floor(step * intervals / total)."""
+    firsts, sigmas = zip(*AQN(0.05, 0.0005, variant=variant, epochs=3).stage_table(total_steps), strict=True)
+    for step in range(total_steps):
+        assert sum(first <= step for first in firsts) - 1 == step * len(sigmas) // total_steps
 
 
 # --- refusing -------------------------------------------------------------------------------------------------------------------
@@ -96,11 +83,11 @@ BAD = [
     (dict(start=math.inf), "AQN start must be positive and finite, got inf"),
     (
         dict(variant="qerl_cod"),
-        r"unknown name 'qerl_cod' in AQN variant \(did you mean 'qerl_code'\?\); known: qerl_code, qerl_paper, epochs",
+        r"unknown AQN variant 'qerl_cod' \(did you mean 'qerl_code'\?\); known: qerl_code, qerl_paper, epochs",
     ),
-    (dict(targets=("norm_moe", "norm_atention")), r"'norm_atention' in AQN targets \(did you mean 'norm_attention'\?\)"),
-    (dict(targets=()), "unknown name '' in AQN targets; known: norms, norm_attention"),
-    (dict(reach=("expert",)), r"'expert' in AQN reach \(did you mean 'experts'\?\); known: experts, router"),
+    (dict(targets=("norm_moe", "norm_atention")), r"unknown AQN targets 'norm_atention' \(did you mean 'norm_attention'\?\)"),
+    (dict(targets=()), "unknown AQN targets ''; known: norms, norm_attention"),
+    (dict(reach=("expert",)), r"unknown AQN reach 'expert' \(did you mean 'experts'\?\); known: experts, router"),
 ]
 
 
@@ -112,10 +99,14 @@ def test_bad_input(fields, message):
 
 def test_a_run_shorter_than_its_stages_is_refused():
     with pytest.raises(ConfigError, match="into 12 intervals and this one has 11 steps"):
-        AQN(variant="epochs", epochs=2).sigma(0, 11)
+        AQN(variant="epochs", epochs=2).stage_table(11)
 
 
 # --- the noise ------------------------------------------------------------------------------------------------------------------
+
+
+def test_both_readers_have_a_word():
+    assert AQN(reach="both") == AQN(reach=["both"]) == AQN(reach=("experts", "router")) == AQN()
 
 
 @pytest.mark.parametrize("reach", [("experts",), ("router",), ("experts", "router")])
@@ -141,10 +132,11 @@ def test_a_traced_sigma_is_one_program():
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def scales(step):
-        return aqn.spec(aqn.sigma(step, 100)).resolve(3).scales["norm_moe"]
+    def scales(sigma):
+        return aqn.spec(sigma).resolve(3).scales["norm_moe"]
 
-    np.testing.assert_allclose([scales(np.int32(step)) for step in (0, 10, 99)], np.outer([0, 1e-2, 1e-4], np.ones(3)), rtol=1e-6)
+    sigmas = np.float32([0, 1e-2, 1e-4])
+    np.testing.assert_array_equal([scales(sigma) for sigma in sigmas], np.outer(sigmas, np.ones(3)))
 
 
 # --- the sampling copy ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ are looked at, so a true generator had a chance of at most 1 in 1,000 (OVERALL) 
 Where a statistic is a mean of many terms, its p-value is that of the normal distribution.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -203,6 +204,7 @@ def test_draws_pass(check, source):
     assert alarms(check, source) == {}
 
 
+@pytest.mark.slow
 def test_the_false_alarm_level_is_the_stated_one():
     """The control's p-values: as many as stated, none an alarm, and not crowded at 0 (or the level would be worse than it says)."""
     found = np.concatenate([np.ravel(p) for check in CHECKS.values() for _, p in check(NumPy())])
@@ -213,6 +215,8 @@ def test_the_false_alarm_level_is_the_stated_one():
 
 
 # --- power: weak generators that must fail --------------------------------------------------------------------------------------------
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # one weak generator of each kind is in every run
 
 
 def _words(rows, columns, part):
@@ -260,13 +264,13 @@ def with_a_loaded_bit(key, rows, columns, part=(0, 0)):
     "bits, check",
     [
         (without_the_last_mix, "lags"),
-        (without_the_last_mix, "fair_bits"),
-        (without_the_last_mix, "shifted"),
-        (without_the_key_in_the_last_mix, "repeats"),
-        (with_columns_that_count, "repeats"),
-        (with_half_a_mix, "chi_square"),
-        (congruential, "chi_square"),
-        (with_a_loaded_bit, "fair_bits"),
+        slow(without_the_last_mix, "fair_bits"),
+        slow(without_the_last_mix, "shifted"),
+        slow(without_the_key_in_the_last_mix, "repeats"),
+        slow(with_columns_that_count, "repeats"),
+        slow(with_half_a_mix, "chi_square"),
+        slow(congruential, "chi_square"),
+        slow(with_a_loaded_bit, "fair_bits"),
     ],
 )
 def test_weak_bits_fail(bits, check, monkeypatch):
@@ -282,11 +286,11 @@ def _word(value):
     "fold, check",
     [
         (lambda key, value: key + _word(value), "shifted"),  # seed 5 step 11 is seed 11 step 5
-        (
+        slow(
             lambda key, value: jnp.stack([key[0] ^ _word(value), key[1]]),
             "shifted",
         ),  # rows of one seed are rows of another
-        (lambda key, value: mix(key * jnp.uint32(3) + (_word(value) & 0xFFFF)), "across"),  # half of the value
+        slow(lambda key, value: mix(key * jnp.uint32(3) + (_word(value) & 0xFFFF)), "across"),  # half of the value
     ],
     ids=["sum", "one word", "16 bits"],
 )
@@ -299,10 +303,10 @@ def test_weak_keys_fail(fold, check, monkeypatch):
     "distort, check",
     [
         (lambda x: x * 1.01, "moments"),
-        (lambda x: x + 0.01, "kolmogorov_smirnov"),
-        (lambda x: np.clip(x, -3.9, 3.9), "tails"),
-        (lambda x: x + 0.05 * np.roll(x, 1, 1), "lags"),
-        (lambda x: x + 0.05 * np.roll(x, (37, 200), (0, 1)), "shifted"),
+        slow(lambda x: x + 0.01, "kolmogorov_smirnov"),
+        slow(lambda x: np.clip(x, -3.9, 3.9), "tails"),
+        slow(lambda x: x + 0.05 * np.roll(x, 1, 1), "lags"),
+        slow(lambda x: x + 0.05 * np.roll(x, (37, 200), (0, 1)), "shifted"),
     ],
 )
 def test_weak_normals_fail(distort, check):
@@ -310,6 +314,7 @@ def test_weak_normals_fail(distort, check):
     assert alarms(check, lambda kind, *sizes, **at: distort(source(kind, *sizes, **at)) if kind == "normal" else source(kind, *sizes, **at))
 
 
+@pytest.mark.slow
 def test_twelve_uniforms_fail():
     """The sum of twelve uniforms, a popular normal, has too thin tails: its kurtosis is -0.1."""
     source = Source()

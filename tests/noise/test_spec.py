@@ -35,8 +35,18 @@ def test_parse_the_whole_grammar():
     )
     rounding = {"experts": SiteNoise("quantise", 1.0, format="mxfp4"), "mlp": SiteNoise("quantise", 0.5, format="int8")}
     assert NoiseSpec.parse("experts=quantise:mxfp4,mlp=quantise:0.5:format=int8") == NoiseSpec(rounding)
-    for reach, kept in (("experts", ("experts",)), ("router", ("router",)), ("both", None)):
-        assert NoiseSpec.parse(f"norm_moe=additive:0.1:reach={reach}").sites["norm_moe"].reach == kept
+    assert NoiseSpec.parse("norms=additive:0.1, all=relative:0.1") == NoiseSpec.parse("norms=additive:0.1,matmuls=relative:0.1")
+
+
+@pytest.mark.parametrize(
+    "reach, kept", [("experts", ("experts",)), ("router", ("router",)), ("both", None), (("both",), None), (None, None)]
+)
+def test_the_reach_of_a_norm(reach, kept):
+    """As text and as a value; "both" is what is meant without a reach, and the same structure."""
+    noise = SiteNoise("additive", 0.1, reach=reach)
+    assert noise.reach == kept and NoiseSpec({"norm_moe": noise}).resolve(2).structure[0][1].reach == kept
+    text = "norm_moe=additive:0.1" + ("" if reach is None else f":reach={reach if isinstance(reach, str) else reach[0]}")
+    assert NoiseSpec.parse(text) == NoiseSpec({"norm_moe": noise})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,6 +143,8 @@ BAD = {
     "seed_gate_0.1:phases=eval": "a noise preset stands alone",
     "router_logits=additive:0.1:reach=": "unknown reach ''",
     "router_logits=": "cannot read noise 'router_logits='",
+    "all=additive:0.1,matmuls=relative:0.2": "'matmuls' is given twice",
+    "norm_moe=additive:0.1:reach=both+router": "unknown reach 'both' of norm_moe",
     "router_logits=additive:0.1,router_logits=relative:0.2": "'router_logits' is given twice, the second time as 'router_logits=relative:0.2'",
 }
 

@@ -1,5 +1,7 @@
 """The optimizer plan: its table, its refusals, and what its transformation does to each kind of leaf."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,9 @@ def draw(seed, scale=1.0):
     return jax.tree.map(lambda spec: jnp.asarray(scale * generator.standard_normal(spec.shape, np.float32)), SPECS)
 
 
-def train(config, steps=3, gradient_scale=1.0, alter=lambda gradients: gradients):
-    """Parameters before and after `steps` jitted updates, and the final state."""
+@functools.cache
+def step_of(config):
+    """(initial state of parameters, jitted update): one program for each config."""
     transformation = plan(SPECS, config).transformation()
 
     @jax.jit
@@ -72,8 +75,14 @@ def train(config, steps=3, gradient_scale=1.0, alter=lambda gradients: gradients
         updates, state = transformation.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return transformation.init, step
+
+
+def train(config, steps=3, gradient_scale=1.0, alter=lambda gradients: gradients):
+    """Parameters before and after `steps` jitted updates, and the final state."""
+    init, step = step_of(config)
     start = params = draw(0)
-    state = transformation.init(params)
+    state = init(params)
     for index in range(steps):
         params, state = step(params, state, alter(draw(index + 1, gradient_scale)))
     return flatten(start), flatten(params), state
@@ -163,7 +172,7 @@ def test_clip_and_norm_count_trainable_leaves_only():
         layers = gradients["layers"] | {name: 1e6 * gradients["layers"][name] for name in ("router", "selection_bias")}
         return gradients | {"layers": layers}
 
-    config = OptimizerConfig(router="frozen", **FREE)
+    config = OptimizerConfig(matrices="adamw", router="frozen", **FREE)
     _, quiet, _ = train(config)
     _, loud, _ = train(config, alter=louder)
     for path in quiet:
@@ -206,7 +215,7 @@ def test_one_update_by_hand():
 
 
 def test_adamw_leaves_equal_optax_adamw():
-    config = OptimizerConfig(clip_norm=None, betas=(0.8, 0.95), **FREE)
+    config = OptimizerConfig(matrices="adamw", router="adamw", clip_norm=None, betas=(0.8, 0.95), **FREE)
     _, after, _ = train(config, steps=4)
     adamw = optax.adamw(0.001, 0.8, 0.95, weight_decay=0.1)
     params = {"embedding": draw(0)["embedding"]}

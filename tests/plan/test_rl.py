@@ -11,17 +11,17 @@ from moe_jax.mesh import MeshSpec
 from moe_jax.plan.steps import compile_step, lower, shapes_of
 from moe_jax.rl.loop import run
 from moe_jax.rl.planned import PolicyRun
-from moe_jax.rl.program import RLProgram
 from moe_jax.train.run_config import RunConfig
-from tests.rl.small import CONFIG, TASK
+from tests.rl.small import CONFIG, TASK, program_of
 
-SMALL = replace(CONFIG, steps=1, prompts=4, samples=4, mini_batches=2, eval_problems=12, checkpoint_every=0)
+# the shapes that the tests of the loop compile; an evaluation asks fewer problems than a step has answers, and is filled up to as many
+SMALL = replace(CONFIG, steps=1, eval_problems=9, checkpoint_every=0)
 MESH = MeshSpec.parse("data=2,expert=2")
 
 
 def test_the_shapes_are_those_of_a_run(monkeypatch):
     """Every argument of each program, with its type, when the loop first calls it."""
-    program, called = RLProgram(*SMALL.structure()), {}
+    program, called = program_of(SMALL), {}
     config = PolicyRun.of(SMALL)
 
     def noting(name, compiled):

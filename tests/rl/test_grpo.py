@@ -198,14 +198,18 @@ def test_reductions():
 
 @pytest.mark.parametrize("level", grpo.LEVELS)
 @pytest.mark.parametrize("dual_clip", [None, 10.0])
-@pytest.mark.parametrize("advantage", [-3.0, 0.0, 3.0])
-def test_extreme_log_ratios_stay_finite(level, dual_clip, advantage):
+def test_extreme_log_ratios_stay_finite(level, dual_clip):
     """A token that was impossible a moment ago, and the other way round: of values, and of gradients too."""
     policy = Policy(level=level, dual_clip=dual_clip, importance_cap=2.0, kl_weight=0.1)
     far = jnp.array([1e4, -1e4, 1e30, -1e30, 80.0, -80.0, 0.0])
-    answer = {"advantage": jnp.float32(advantage), "mask": jnp.ones(7), "old": jnp.zeros(7), "sampler": -far, "reference": far[::-1]}
-    every = jnp.stack([far, -far, jnp.full(7, 1e4), jnp.full(7, -1e4)])
-    value, slope = jax.vmap(jax.value_and_grad(lambda x: grpo.token_losses(policy, x, answer)[0].sum()))(every)
+    answer = {"mask": jnp.ones(7), "old": jnp.zeros(7), "sampler": -far, "reference": far[::-1]}
+
+    def loss(log_probs, advantage):
+        return grpo.token_losses(policy, log_probs, answer | {"advantage": advantage})[0].sum()
+
+    log_probs = jnp.stack([far, -far, jnp.full(7, 1e4), jnp.full(7, -1e4)])
+    each = jax.vmap(jax.vmap(jax.value_and_grad(loss), (0, None)), (None, 0))
+    value, slope = each(log_probs, jnp.array([-3.0, 0.0, 3.0]))
     assert np.isfinite(np.asarray(value)).all() and np.isfinite(np.asarray(slope)).all()
 
 

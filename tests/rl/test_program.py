@@ -85,8 +85,11 @@ def plain_loss(policy: Policy, micro, log_probs):
 
 @pytest.mark.parametrize(
     "config, noise, names",
-    [(MODEL, NOISE, tuple(POLICIES)), (MODEL, None, ("everything",)), (DENSE, NOISE, ("token",))],
-    ids=["noisy", "clean", "dense"],
+    [
+        pytest.param(MODEL, NOISE, tuple(POLICIES), id="noisy"),
+        pytest.param(MODEL, None, ("everything",), id="clean", marks=pytest.mark.slow),
+        pytest.param(DENSE, NOISE, ("token",), id="dense"),
+    ],
 )
 def test_the_gradient_is_that_of_the_plain_loss(config, noise, names):
     """Of every parameter, against automatic differentiation through whole logits; noise on all matmuls, forward and backward."""
@@ -238,7 +241,7 @@ class Lowered:
 
 def test_noise_in_a_phase_leaves_the_programs_of_the_others_alone(monkeypatch):
     """What sampling, scoring, updating and evaluating lower to, with noise in one phase, against no noise at all: other in that phase alone."""
-    config = replace(CONFIG, steps=1, mini_batches=1)
+    config = replace(CONFIG, model=MODEL, steps=1, mini_batches=1)
     program = program_of(config)
     real = {name: getattr(program, name) for name in ("sample", "score", "train")}
     kept = {}

@@ -158,6 +158,7 @@ def test_another_seed_and_another_row_are_other_tokens():
     assert len({row.tobytes() for row in one.tokens}) > 1
 
 
+@pytest.mark.slow
 def test_the_same_on_a_mesh():
     """Eight rows over data and experts, noise on: every token, length and route is that of one device."""
     config = CONFIG.replace(dispatch=None, num_layers=1, dense_layers=())

@@ -12,6 +12,7 @@ from moe_jax.mesh import MeshSpec
 from moe_jax.model import Model
 from moe_jax.rl import loop
 from moe_jax.rl.warmup import Stage, WarmUp, demonstrations, warm_up
+from moe_jax.train.program import Program
 from moe_jax.train.saved import load_model
 from tests.rl.small import CONFIG, MODEL, OPTIMIZER, TASK, bits, program_of
 
@@ -27,6 +28,14 @@ WARM = WarmUp(
 class Noted(list):
     def update(self, done, *_):
         self.append(done)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """Every warm-up makes the programs of its stages; here equal ones are one, which compiles once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("moe_jax.rl.warmup.Program", functools.cache(Program))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,38 @@ def smoke() -> Experiment:
     return dataclasses.replace(experiment, design=dataclasses.replace(experiment.design, seeds=(42, 43)))
 
 
+_programs, _make = {}, loop.RunConfig.program
+
+
+def program_of(config, mesh=None):
+    """`RunConfig.program`, and for equal structures the same one, so that studies that share them compile once."""
+    key = config.structure(), mesh
+    if key not in _programs:
+        _programs[key] = _make(config, mesh)
+    return _programs[key]
+
+
+@pytest.fixture
+def shared_programs(monkeypatch):
+    monkeypatch.setattr(loop.RunConfig, "program", program_of)
+
+
 @pytest.fixture(scope="module")
 def finished(smoke, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
-    return workdir, run_study(smoke, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.RunConfig, "program", program_of)
+        return workdir, run_study(smoke, workdir)
 
 
-def rows(workdir):
-    """What a study found, without the clocks."""
-    return {run.key: (run.metrics, run.series, run.arrays) for run in Ledger.read(workdir).runs() if run.status == "finished"}
+def part_of(study, cells) -> Experiment:
+    return dataclasses.replace(study, design=dataclasses.replace(study.design, only=cells, comparisons=()))
+
+
+def rows(workdir, keys=None):
+    """What a study found, of all runs or those with the keys, without the clocks."""
+    runs = (run for run in Ledger.read(workdir).runs() if run.status == "finished")
+    return {run.key: (run.metrics, run.series, run.arrays) for run in runs if keys is None or run.key in keys}
 
 
 def test_one_program_serves_every_cell(finished, smoke):
@@ -65,21 +88,21 @@ def test_nothing_to_do_when_all_is_done(finished, smoke):
     assert (workdir / "ledger.jsonl").read_bytes() == before
 
 
-def test_a_stopped_study_ends_in_the_same_numbers(finished, smoke, tmp_path):
-    """Stopped in the middle of the second cell, between checkpoints, and run again."""
-    polls = iter(range(10_000))
+def test_a_stopped_study_ends_in_the_same_numbers(finished, smoke, shared_programs, tmp_path):
+    """Stopped in the middle of the second cell, which has noise, between checkpoints, and run again."""
+    study, polls = part_of(smoke, smoke.design.cells()[1:3]), iter(range(10_000))
     with pytest.raises(Stopped):
-        run_study(smoke, tmp_path, stop=lambda: next(polls) >= 32)
+        run_study(study, tmp_path, stop=lambda: next(polls) >= 32)
     assert len(rows(tmp_path)) == 1
-    again = run_study(smoke, tmp_path)
-    assert again.done == 11
-    assert rows(tmp_path) == rows(finished[0])
+    again = run_study(study, tmp_path)
+    assert again.done == 3
+    found = rows(tmp_path)
+    assert len(found) == 4 and found == rows(finished[0], found)
 
 
-def test_a_failure_is_kept_and_not_repeated(smoke, tmp_path, monkeypatch):
+def test_a_failure_is_kept_and_not_repeated(smoke, shared_programs, tmp_path, monkeypatch):
     """A non-finite run is a failed row; the rest of the study finishes; it runs again only when asked."""
-    design = dataclasses.replace(smoke.design, seeds=(42, 43), only=smoke.design.cells()[:2], comparisons=())
-    small = dataclasses.replace(smoke, design=design)
+    small = part_of(smoke, smoke.design.cells()[:2])
     real = loop.RunConfig.knobs
 
     def poisoned(self, update=0):
@@ -169,16 +192,19 @@ def test_the_steps_of_an_earlier_launch_are_told_apart():
     assert told == [(41, None, 10, 40), (42, None, 10, 0), (43, None, 10, 0)]  # steps of the study, metrics, tokens, steps done earlier
 
 
-def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, tmp_path):
+def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, tmp_path, monkeypatch):
     """Stopped while five run and again while two do; the rest one after the other. Each time what was under way goes on."""
+    study = part_of(smoke, smoke.design.cells()[:4])
     for lanes, after in ((5, 60), (2, 40)):
         polls = iter(range(10_000))
         with pytest.raises(Stopped, match="stopped at update"):
-            run_study(smoke, tmp_path, stop=lambda polls=polls, after=after: next(polls) >= after, lanes=lanes)
+            run_study(study, tmp_path, stop=lambda polls=polls, after=after: next(polls) >= after, lanes=lanes)
         assert list((tmp_path / "cells").glob("*/checkpoints/[0-9]*"))
     left = len(todo(Ledger.read(tmp_path)))
-    assert run_study(smoke, tmp_path).done == left > 0
-    assert rows(tmp_path) == rows(finished[0])
+    monkeypatch.setattr(loop.RunConfig, "program", program_of)
+    assert run_study(study, tmp_path).done == left > 0
+    found = rows(tmp_path)
+    assert len(found) == 8 and found == rows(finished[0], found)
 
 
 @pytest.mark.slow
@@ -244,8 +270,8 @@ def measuring(smoke, measure):
     return dataclasses.replace(smoke, design=design, measure=measure)
 
 
-def test_a_study_may_measure_instead_of_train(smoke, tmp_path):
-    """Rows with arrays, what is made once, two folders; nothing is compiled or trained, and done is done."""
+def test_a_study_may_measure_instead_of_train(smoke, tmp_path, capsys):
+    """Rows with arrays, what is made once, two folders; nothing is compiled or trained, each run is one of the progress, and done is done."""
     made = []
 
     def measure(shop, config, cell, seed):
@@ -256,6 +282,8 @@ def test_a_study_may_measure_instead_of_train(smoke, tmp_path):
     experiment = measuring(smoke, measure)
     outcome = run_study(experiment, tmp_path / "own", shared=tmp_path / "shared", lanes=3)
     assert (outcome.done, outcome.failed, outcome.compiled.total()) == (12, 0, 0) and made == [42]
+    told = capsys.readouterr().err
+    assert told.startswith("noise_factorial:smoke 1/12 (8 %): ") and "\nnoise_factorial:smoke 12/12 (100 %): " in told, told
     for (cell, seed), (metrics, series, arrays) in rows(tmp_path / "own").items():
         assert metrics["found"] == 10.0 + dict(cell)["noise_std"] and series == {} and arrays == {"by_layer": [seed, 2.0]}
     assert run_study(experiment, tmp_path / "own").done == 0 and report.build(tmp_path / "own").markdown.exists()
@@ -271,6 +299,20 @@ def test_a_measurement_that_is_not_finite_is_a_failed_row_and_a_stop_comes_betwe
     with pytest.raises(Stopped, match="between two runs"):
         run_study(again, tmp_path / "stopped", stop=lambda: next(polls) >= 5)
     assert len(rows(tmp_path / "stopped")) == 5 and run_study(again, tmp_path / "stopped").done == 7
+
+
+def test_a_last_evaluation_that_is_not_finite_is_a_failed_row(smoke, tmp_path):
+    """As of noise in the evaluation alone, which no update meets. What the study does not ask for may be anything."""
+
+    def run(config, *_):
+        return loop.Result({"found": math.nan if config.init_seed == 42 else 1.0, "beside": math.nan}, {}, [], 1.0)
+
+    design = dataclasses.replace(smoke.design, metrics=(Metric("found"),), only=smoke.design.cells()[:1], comparisons=())
+    study = dataclasses.replace(smoke, design=design, runner=Runner(run))
+    outcome = run_study(study, tmp_path)
+    assert (outcome.done, outcome.failed) == (1, 1) and todo(Ledger.read(tmp_path)) == []
+    assert Ledger.read(tmp_path).failed()[0].error.startswith("NonFinite: what was measured is not finite: found;")
+    assert run_study(study, tmp_path, retry_failed=True).failed == 1
 
 
 def test_measuring_is_refused_in_several_processes(smoke, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def test_a_template_that_fails_or_reaches_out_is_one_line(template, message):
     [("{", None), ("[]", None), (None, {"eos_token_id": "two"}), ({"chat_template": 3}, None), (None, '{"eos_token_id": [1.5]}')],
 )
 def test_damaged_files_are_named(tmp_path, config, generation):
-    with pytest.raises(DataError, match="cannot be read|holds no object|of another kind"):
+    with pytest.raises(DataError, match="cannot read .*json: |of another kind"):
         beside(tmp_path, config, generation)
 
 

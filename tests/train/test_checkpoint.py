@@ -427,7 +427,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     generator = random.Random(0)
     template = {"a": jnp.zeros((300, 300), jnp.int32), "b": {"c": jnp.zeros(1000)}}
     last = 0
-    for _ in range(4):
+    for _ in range(2):
         with run_python(SAVER, tmp_path) as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             saved = int(process.stdout.readline())

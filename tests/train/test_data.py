@@ -127,7 +127,7 @@ def test_too_little_text(tmp_path):
 def leaky_stream(tmp_path, documents, **changes):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(documents))
-    config = SMALL.replace(source=str(path), split="leaky", document_order="file", **{"max_documents": None, **changes})
+    config = SMALL.replace(source=str(path), split="leaky", **{"document_order": "file", "max_documents": None, **changes})
     corpus = D.load_corpus(config)
     return BYTES.decode(corpus.train), corpus
 
@@ -139,8 +139,10 @@ def test_caps_and_separators(tmp_path):
     assert stream == f"abc{end}defgh{end}ij{end}" and (corpus.train_documents, corpus.empty_documents) == (3, 1)
     assert (corpus.text_bytes, corpus.text_tokens) == (10, 10)
     assert leaky_stream(tmp_path, documents, document_separator=False)[0] == "abcdefghij"
+    in_order, by_hash = (leaky_stream(tmp_path, documents, max_documents=3, document_order=order)[1] for order in ("file", "hash"))
+    assert in_order.train_documents == by_hash.train_documents == 3 and in_order.text_bytes == by_hash.text_bytes == 10
     assert leaky_stream(tmp_path, documents, document_separator=False, max_characters=2)[0] == "abdeij"
-    assert leaky_stream(tmp_path, documents, document_separator=False, max_documents=3)[0] == "abcdefgh"
+    assert leaky_stream(tmp_path, documents, document_separator=False, max_documents=2)[0] == "abcdefgh"  # the empty one is none of them
     stream, corpus = leaky_stream(tmp_path, documents, document_separator=False, max_tokens=5)
     assert stream == "abcde" and corpus.train_documents == 2
 

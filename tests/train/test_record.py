@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,20 +34,31 @@ def params(model):
 
 
 @pytest.fixture(scope="module")
+def chosen(model, params):
+    """(tokens, noise, draw) -> what the model chooses, by itself."""
+    jitted = jax.jit(lambda tokens, noise, draw: model.features(params, tokens, noise, draw, capture=("trace",)).trace)
+
+    def of(tokens, noise=None, draw=None):
+        return jitted(tokens, None if noise is None else CONFIG.resolve(noise), draw)
+
+    return of
+
+
+@pytest.fixture(scope="module")
 def folder(model, params, data, tmp_path_factory):
     place = tmp_path_factory.mktemp("routes") / "train"
     record(model, params, data, place, 3)
     return place
 
 
-def test_the_routes_of_the_training_batches(folder, model, params, data):
+def test_the_routes_of_the_training_batches(folder, chosen, data):
     """Each step is what the model chooses on the rows of that step, micro-batch after micro-batch, without dropout."""
     reader = TraceReader(folder)
     assert reader.steps == (0, 1, 2) and reader.info.source == "reference" and reader.info.data_fingerprint == data.fingerprint
     for step in reader.steps:
         micro = data.batch(step)["tokens"]
         trace = reader.read(step, micro.reshape(8, 16))
-        each = [model.features(params, tokens, capture=("trace",)).trace for tokens in micro]
+        each = [chosen(tokens) for tokens in micro]
         np.testing.assert_array_equal(trace.ids, np.concatenate([found.ids for found in each], 1))
         np.testing.assert_allclose(trace.weights, np.concatenate([found.weights for found in each], 1), rtol=1e-5)
 
@@ -58,28 +70,31 @@ def test_ids_without_an_embedding_are_refused(data, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_noise_makes_the_draws_of_the_update(folder, model, params, data, tmp_path):
+def test_noise_makes_the_draws_of_the_update(folder, model, params, chosen, data, tmp_path):
     """Recorded under a training noise they are the routes of that step's draw; noise of another phase does nothing."""
     noise = NoiseSpec.parse("router_logits=additive:0.5:phases=train")
-    record(model, params, data, tmp_path / "noisy", 2, source="self", noise=noise, weights=False, noise_seed=7)
-    found = TraceReader(tmp_path / "noisy").read(1)
+    record(model, params, data, tmp_path / "noisy", 2, noise=noise, weights=False, noise_seed=7)
+    reader = TraceReader(tmp_path / "noisy")
+    found = reader.read(1)
+    assert reader.info.source == "noisy"  # a reference is a clean pass's
     tokens = data.batch(1)["tokens"]
-    second = model.features(params, tokens[1], noise, Draw(np.uint32(7), 1, "train", 4), capture=("trace",)).trace
+    second = chosen(tokens[1], noise, Draw(np.uint32(7), 1, "train", 4))
     np.testing.assert_array_equal(found.ids[:, 4:], second.ids)
     assert found.weights is None and (found.ids != TraceReader(folder).read(1).ids).any()
     record(model, params, data, tmp_path / "other", 1, noise=NoiseSpec.parse("router_logits=additive:0.5:phases=eval"))
-    np.testing.assert_array_equal(TraceReader(tmp_path / "other").read(0).ids, TraceReader(folder).read(0).ids)
+    other = TraceReader(tmp_path / "other")
+    assert other.info.source == "reference"
+    np.testing.assert_array_equal(other.read(0).ids, TraceReader(folder).read(0).ids)
 
 
-def test_the_validation_batches_in_their_order(model, params, data, tmp_path):
+def test_the_validation_batches_in_their_order(model, params, chosen, data, tmp_path):
     """Ten windows, four at a time, the last batch filled up; the draws are those of an evaluation."""
     noise = NoiseSpec.parse("router_logits=additive:0.5:phases=eval")
     record(model, params, data, tmp_path / "v", 99, noise=noise, split="validation", eval_batch=4)
     reader = TraceReader(tmp_path / "v")
     assert reader.steps == (0, 1, 2)
     for index, batch in enumerate(data.validation_batches(4)):
-        draw = Draw(np.uint32(0), 0, "eval", 4 * index)
-        now = model.features(params, batch["tokens"], noise, draw, capture=("trace",)).trace
+        now = chosen(batch["tokens"], noise, Draw(np.uint32(0), 0, "eval", 4 * index))
         np.testing.assert_array_equal(reader.read(index, batch["tokens"]).ids, now.ids)
 
 

@@ -59,7 +59,8 @@ def test_a_config_says_aqn_in_one_way():
     """Two spellings of a schedule are the same run."""
     one, other = (dataclasses.replace(CONFIG, aqn=text) for text in ("qerl_code:1e-2", "qerl_code:0.01:1e-4:10:reach=router+experts"))
     assert one.aqn.startswith("qerl_code:0.01:0.0001:10:targets=norms") and parse_aqn(one.aqn).reach == ("experts", "router")
-    assert dataclasses.replace(one, aqn=one.aqn) == one and parse_aqn(other.aqn) == AQN(reach=("router", "experts"))
+    assert dataclasses.replace(one, aqn=one.aqn) == dataclasses.replace(one, aqn="qerl_code:1e-2:reach=both") == one
+    assert parse_aqn(other.aqn) == AQN(reach=("router", "experts"))
 
 
 def test_knobs_follow_the_schedule_in_one_structure():
@@ -69,8 +70,9 @@ def test_knobs_follow_the_schedule_in_one_structure():
     assert len({jax.tree.structure(k) for k in knobs}) == 1
     for update, found in enumerate(knobs):
         scales = found.noise.scales
-        np.testing.assert_array_equal(scales["norm_moe"], np.full(2, aqn.sigma(update, 20)))
-        assert scales["norm_final"] == aqn.sigma(update, 20) and (np.asarray(scales["expert_up"]) == np.float32(0.05)).all()
+        sigma = np.float32([value for first, value in aqn.stage_table(20) if first <= update][-1])
+        np.testing.assert_array_equal(scales["norm_moe"], np.full(2, sigma))
+        assert scales["norm_final"] == sigma and (np.asarray(scales["expert_up"]) == np.float32(0.05)).all()
         assert config.knobs(config.stage(update)).noise.scales["norm_moe"][0] == scales["norm_moe"][0]
     assert sorted({config.stage(update) for update in range(20)}) == [0, 4, 8, 12, 16]
     structure = dict(knobs[0].noise.structure)

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config_tools import config_dict
+from moe_jax.config_tools import config_dict, rebuild
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.model import Model, ModelConfig
 from moe_jax.optim.plan import OptimizerConfig
-from moe_jax.train import saved
+from moe_jax.train import checkpoint, saved
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.data import DataConfig, build
 from moe_jax.train.loop import RunConfig, run
-from moe_jax.train.saved import load_model, rebuild
+from moe_jax.train.saved import load_model
+from moe_jax.train.sources import sha256_of
 from moe_jax.train.step import Objective
 
 CONFIG = RunConfig(
@@ -81,6 +82,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_as_it_is(copy, trained):
         pytest.raises(CheckpointError, match="no intact checkpoint .* damaged: 4"),
     ):
         load_model(copy, step=4)
+
+
+def test_every_byte_is_verified_once(copy, monkeypatch):
+    """When the model is found, before its parameters are read; one that is lost in between is an error, and renamed by nobody."""
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    found = load_model(copy)
+    kept = sorted(path for path in (copy / "checkpoints" / "4").rglob("*") if path.is_file() and path.name != "manifest.json")
+    assert sorted(hashed) == kept
+    assert found.params and sorted(hashed) == kept
+    again = load_model(copy)
+    shutil.rmtree(copy / "checkpoints" / "4" / "state")
+    with pytest.raises(CheckpointError, match="step 4 in .* was verified, but orbax cannot read it"):
+        _ = again.params
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_every_field_of_a_config_comes_back():
