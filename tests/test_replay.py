@@ -22,7 +22,7 @@ from moe_jax.train.state import Knobs
 from moe_jax.train.step import Objective
 
 CONFIG = mj.ModelConfig.preset("tiny", dispatch="dense")  # which compiles in a third of the time of blocked
-TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 17)).astype(np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 17)), jnp.int32)
 NOISE = "router_gemm=relative:0.3,experts=relative:0.1"
 DRAW = Draw(seed=3, step=5, phase="train")
 ROUTER = "layers/feed_forward/router"
