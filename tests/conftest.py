@@ -20,7 +20,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes and types in the signatures of pure functions are checked while tests run. Not of classes that jax takes apart and puts together with other things
 # in the place of arrays, and so of no module that is mostly these.
-CHECKED = ["losses", "products", "noise.draws", "noise.kinds"]
+CHECKED = ["products", "noise.draws", "noise.kinds"]
 install_import_hook([f"moe_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 from tests import few_sizes  # noqa: E402
