@@ -3,6 +3,7 @@
 Tests compile far more than they run, so code is compiled unoptimised, and what one test (or an earlier session) compiled is read back by the next.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -32,3 +33,13 @@ few_sizes.use(few_sizes.few)
 def eight_devices():
     """The tests of meshes would pass on one device without testing anything."""
     assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_code():
+    """Compiled programs keep pieces of memory mapped, of which Linux gives a process 65,530; a compilation beyond that crashes it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
