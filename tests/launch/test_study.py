@@ -86,8 +86,7 @@ def kill_and_finish(workdir, after: float, lanes: int) -> tuple[int, str]:
 
 
 # two lanes make two CPU devices of themselves, as in `make study`
-@pytest.mark.slow
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_run_again_it_ends_in_the_same_bits(unbroken, tmp_path, lanes):
     rows, printed = kill_and_finish(tmp_path, 0.3, lanes)
     assert rows < 18 and f"to do on {lanes} x cpu" in printed and "1 for training, 1 for evaluation" in printed
