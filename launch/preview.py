@@ -30,6 +30,7 @@ def preview(experiment: Experiment) -> str:
         f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
         *(_programs(configs) if trains else ["programs    nothing is trained: forward passes alone"]),
         f"rule        {experiment.design.rule}",
+        *(f"note        {note}" for note in experiment.design.notes),
         "",
         f"model       {model.parameter_count():,} parameters, {model.active_parameter_count():,} active per token; begins with "
         f"{first.start or 'fresh parameters'}",
@@ -52,6 +53,7 @@ def _rl_preview(experiment: Experiment, configs: list[RLConfig]) -> str:
         f"study       {experiment.name}: {experiment.design.question}",
         f"runs        {len(configs)} = {len(experiment.design.cells())} cells x seeds {', '.join(map(str, experiment.design.seeds))}",
         f"rule        {experiment.design.rule}",
+        *(f"note        {note}" for note in experiment.design.notes),
         "",
         f"task        {first.task}; prompts up to {first.prompt_tokens} tokens, answers up to {first.response_tokens}; {_problems(first)}",
         f"training    {first.steps} steps of {first.prompts} problems x {first.samples} answers, {first.mini_batches} updates each of "

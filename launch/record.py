@@ -1,6 +1,7 @@
 """Records which experts a model chooses over a text, for --replay: a clean pass of a checkpoint is the reference that noise is held against.
 
   python -m launch.record --model=runs/quick --steps=200 --out=routes/reference
+  python -m launch.record --model=models/qwen3_30b --mesh=fsdp=2,expert=4 --steps=10 --out=routes/large
   python -m launch.train --preset=quick --start=runs/quick --steps=200 --noise=matmuls=relative:0.05 --replay=routes/reference --workdir=runs/held
 
 The routes are those of the batches that launch.train reads in its first --steps updates with the same text, --seed and sizes (or of the
@@ -11,7 +12,7 @@ Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint or trace.
 
 from absl import flags
 
-from launch.common import apply_overrides, define_set, run
+from launch.common import Hosts, MeshFlag, apply_overrides, define_set, run
 from moe_jax.errors import ConfigError
 
 _MODEL = flags.DEFINE_string("model", None, "A run folder, a Hugging Face folder, or a preset (fresh parameters).", required=True)
@@ -25,17 +26,20 @@ _IDS_ONLY = flags.DEFINE_boolean(
     "ids_only", False, "Store experts without weights: a fifth of the size, a third above 255 experts; tokens are stored in any case."
 )
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the text, the sizes and what would be written; write nothing.")
+_MESH, _HOSTS = MeshFlag(), Hosts()
 _SET = define_set()
 
 
 def main(argv: list[str]) -> None:
     """Makes the data, passes it through the model, says what was written."""
+    from moe_jax.distributed import first
     from moe_jax.model import Model
     from moe_jax.noise import NoiseSpec
     from moe_jax.train.data import build
     from moe_jax.train.record import record, source_of, trace_info
     from moe_jax.train.saved import load_model
 
+    _HOSTS.start()
     saved = load_model(_MODEL.value)
     text = saved.check_words(apply_overrides(saved.text(_DATA.value), _SET.value))
     seed = (saved.run.data_seed if saved.run else 0) if _SEED.value is None else _SEED.value
@@ -47,18 +51,20 @@ def main(argv: list[str]) -> None:
         steps = min(steps, -(-data.describe()["evaluated_windows"] // rows))
     info = trace_info(saved.config, data, rows, source, not _IDS_ONLY.value)
     tokens = steps * rows * text.seq_len
-    print(
-        f"{steps} steps of {rows} x {text.seq_len} tokens of {text.source} ({_SPLIT.value}), seed {seed}, {noise or 'no noise'} "
+    say = print if first() else lambda _: None
+    say(
+        f"{steps} steps of {rows} x {text.seq_len} tokens of {text.source} ({_SPLIT.value}), seed {seed}, {_NOISE.value or 'no noise'} "
         f"(source: {source}); {len(info.layers)} routing layers, {info.top_k} of {info.num_experts} experts"
     )
-    print(f"{info.bytes_per_token} bytes of experts a token, {info.bytes_per_token * tokens / 1e6:,.1f} MB in all before compression")
+    say(f"{info.bytes_per_token} bytes of experts a token, {info.bytes_per_token * tokens / 1e6:,.1f} MB in all before compression")
     if _DRY_RUN.value:
         return
     if not _OUT.value:
         raise ConfigError("--out is needed: the folder that the routes go into")
+    model = Model(saved.config, _MESH.build())
     record(
-        Model(saved.config),
-        saved.params,
+        model,
+        saved.load(model, None),
         data,
         _OUT.value,
         steps,
@@ -67,7 +73,7 @@ def main(argv: list[str]) -> None:
         split=_SPLIT.value,
         noise_seed=seed,
     )
-    print(f"routes: {_OUT.value}")
+    say(f"routes: {_OUT.value}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import Hosts, MeshFlag, StopRequests, run
+from launch.common import Hosts, MeshFlag, StopRequests, define_set, run
 from moe_jax.errors import ConfigError, nearest
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "e7b:mini", "Which study: NAME:PRESET, e.g. e7b:mini.")
@@ -24,6 +24,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "How many of the study's seeds, from i
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study's folder; none means runs/ and the experiment's name.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would run; write nothing.")
 _MESH, _HOSTS = MeshFlag(), Hosts()
+_SET = define_set()
 _CURVES = ("eval/greedy", "eval/sampled", "eval/greedy_noisy", "eval/sampled_noisy")
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Runs the arms and prints their curves."""
     from experiments.catalogue import load
 
-    experiment = load(_EXPERIMENT.value)
+    experiment = load(_EXPERIMENT.value).changed(_SET.value)
     factors = {factor.name: factor.levels for factor in experiment.design.factors}
     if set(factors) != {"model", "arm"}:
         raise ConfigError(f"{experiment.name} is no study of models and arms, it has {', '.join(factors)}; run it with launch.study")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import apply_overrides, define_set, run
+from launch.common import MeshFlag, apply_overrides, define_set, run
 from moe_jax.errors import ConfigError
 
 _MODEL = flags.DEFINE_string("model", None, "A run folder, a Hugging Face folder, smollm2_135m, or a preset, e.g. quick.", required=True)
@@ -37,6 +37,7 @@ _REPLAY = flags.DEFINE_string(
     "replay", None, "Replay these routes (launch.record --split=validation) over the same windows, instead of the clean pass's."
 )
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the config and what would run; write nothing.")
+_MESH = MeshFlag()
 _SET = define_set()
 
 
@@ -61,13 +62,16 @@ def main(argv: list[str]) -> None:
     acting_noise(config, saved)  # what is wrong with the noise is said before there is a folder
     if not _WORKDIR.value:
         raise ConfigError("--workdir is needed: the folder that the report goes into")
+    from moe_jax.model import Model
     from moe_jax.studies.document import to_text
     from moe_jax.studies.run import describe_devices
     from moe_jax.train.run_folder import RunFolder
 
+    mesh = _MESH.build()
+    Model(saved.config, mesh).layout(config.batch)  # refuses what does not divide over the mesh
     with RunFolder(Path(_WORKDIR.value)) as folder:
         folder.start(config, sys.argv, describe_devices())
-        path, table = measure(config, saved, folder.path)
+        path, table = measure(config, saved, folder.path, mesh)
     print(f"{to_text(table)}\n\nreport: {path}")
 
 

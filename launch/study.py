@@ -3,6 +3,7 @@
   python -m launch.study --experiment=noise_factorial:quick --workdir=runs/quick
   python -m launch.study --experiment=noise_factorial:seed --dry_run
   python -m launch.study --experiment=noise_factorial:seed --lanes=8 --workdir=runs/seed
+  python -m launch.study --experiment=noise_factorial:quick --set optimizer.router=frozen --workdir=runs/frozen
   python -m launch.study --experiment=qwen3_30b:mini --workdir=runs/qwen3_mini
   python -m launch.study --experiment=qwen3_30b.sensitivity:full --mesh=fsdp=8 --workdir=runs/sensitivity
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import Hosts, MeshFlag, StopRequests, run
+from launch.common import Hosts, MeshFlag, StopRequests, define_set, run
 from moe_jax.errors import ConfigError
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "Which study: NAME:PRESET, e.g. noise_factorial:quick.", required=True)
@@ -32,16 +33,20 @@ _LANES = flags.DEFINE_integer(
     lower_bound=1,
 )
 _MESH, _HOSTS = MeshFlag(), Hosts()
+_SET = define_set()
 
 
 def main(argv: list[str]) -> int:
     """Runs the studies, builds their reports, prints both."""
     from experiments.catalogue import load_all
 
+    def declared() -> dict:
+        return {name: experiment.changed(_SET.value) for name, experiment in load_all(_EXPERIMENT.value).items()}
+
     if _DRY_RUN.value:
         from launch.preview import preview
 
-        print("\n\n".join(preview(experiment) for experiment in load_all(_EXPERIMENT.value).values()))
+        print("\n\n".join(preview(experiment) for experiment in declared().values()))
         return 0
     if _MESH.given and _LANES.value > 1:
         raise ConfigError(
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> int:
         )
     _device_per_lane(_LANES.value)
     _HOSTS.start()
-    experiments = load_all(_EXPERIMENT.value)
+    experiments = declared()
     if not _WORKDIR.value:
         raise ConfigError("--workdir is needed: the folder that the study's ledger and report go into")
     folder, mesh = Path(_WORKDIR.value), _MESH.build()

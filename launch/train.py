@@ -86,7 +86,10 @@ def make_config():
     routes = {"start": _START.value, "replay": _REPLAY.value, "replay_what": _REPLAY_WHAT.value, "record": _RECORD.value}
     config = dataclasses.replace(config, **routes, aqn=_AQN.value, objective=Objective(freeze=tuple(_FREEZE.value)))
     config = dataclasses.replace(config, init_seed=_SEED.value, data_seed=_SEED.value, noise_seed=_SEED.value)
-    return apply_overrides(config, _SET.value)
+    config = apply_overrides(config, _SET.value)
+    if _START.value:
+        start.check_words(config.data)
+    return config
 
 
 def _describe(config) -> None:
@@ -96,7 +99,9 @@ def _describe(config) -> None:
     from moe_jax.config_tools import config_dict
     from moe_jax.train.run_config import parse_aqn
 
-    program = config.program()
+    program = config.program(_MESH.build())
+    for sequences in (config.data.batch_size, config.eval_batch):
+        program.part(sequences)  # refuses what does not divide over the mesh
     model = program.model
     print(json.dumps(config_dict(config), indent=2))
     print(program.plan.table())

@@ -76,7 +76,8 @@ def _blocks(analysis: Analysis, torn: tuple[int, ...]) -> list[Block]:
     for metric in metrics:
         if any(c.metric == metric.name for c in design.comparisons):
             blocks += [tables.contrasts(analysis, metric), *drawn(figures.differences_figure, metric)]
-    recorded = [*drawn(figures.load_figure), *drawn(figures.curves_figure)]
+    evaluated = tables.evaluations(analysis)
+    recorded = [*drawn(figures.load_figure), *drawn(figures.curves_figure), *([evaluated] if evaluated.rows else [])]
     blocks += [Heading("Expert load and learning curves"), *recorded] if recorded else []
     blocks += [Heading("Every number"), tables.every_number(analysis), *drawn(figures.others_figure)]
     return [*blocks, Heading("The design"), *_declared(analysis)]

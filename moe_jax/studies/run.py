@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from moe_jax.config_tools import apply_overrides, flatten
 from moe_jax.distributed import on_all, on_first
 from moe_jax.errors import ConfigError, NonFinite, Stopped, Unsupported
 from moe_jax.studies.design import Design
@@ -60,6 +61,35 @@ class Experiment:
 
     def configs(self) -> list[Any]:
         return [self.config(cell, seed) for cell, seed in self.design.runs()]
+
+    def changed(self, overrides: Sequence[str]) -> "Experiment":
+        """The study with 'a.b=c' set in the config of every run: another design, whose settings and notes say so.
+
+        Raises ConfigError as `apply_overrides` does, and for a field in which the study's runs differ.
+        """
+        if not overrides:
+            return self
+        names = [override.partition("=")[0].strip() for override in overrides]
+        runs = [flatten(config) for config in self.configs()]
+        for name in names:
+            if len({repr(run.get(name)) for run in runs}) > 1:
+                raise ConfigError(f"--set {name}=: the runs of {self.name} differ in it, by their cell or seed; set what all of them share")
+        new = [flatten(apply_overrides(config, overrides)) for config in self.configs()][0]
+        note = f"Changed by --set: {', '.join(overrides)}. The words about this study's cost and size are those of the preset."
+        settings = _restated(self.design.settings, {name: new[name] for name in names})
+        design = dataclasses.replace(self.design, settings=settings, notes=(*self.design.notes, note))
+        return dataclasses.replace(self, design=design, config=lambda cell, seed: apply_overrides(self.config(cell, seed), overrides))
+
+
+def _restated(settings: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a design where they name one of the fields, with or without its group, with its value."""
+
+    def restated(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _restated(value, values, f"{prefix}{name}.")
+        return next((new for field, new in values.items() if f".{field}".endswith(f".{prefix}{name}")), value)
+
+    return {name: restated(name, value) for name, value in settings.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,22 @@ def every_number(analysis: Analysis) -> Table:
     return Table("Every metric, cell and seed", (*header, *(f"seed {seed}" for seed in design.seeds)), tuple(rows), words=2)
 
 
+def evaluations(analysis: Analysis) -> Table:
+    """One row per cell whose runs were evaluated several times: perplexity at the end, the best one, and the update of each seed's best."""
+    design, rows = analysis.design, []
+    for cell in design.cells():
+        curves = [run.series.get("eval/loss", ()) for run in analysis.runs_of(cell)]
+        curves = [curve for curve in curves if len(curve) > 1 and all(math.isfinite(loss) for _, loss in curve)]
+        if curves:
+            final, best = [curve[-1] for curve in curves], [min(curve, key=lambda point: point[1]) for curve in curves]
+            spreads = (_plus_minus(stats.summary([math.exp(min(loss, 20.0)) for _, loss in points]), 2) for points in (final, best))
+            updates = ", ".join(f"{int(step)}" for step, _ in best)
+            rows.append((cell_text(design, cell), *spreads, updates, str(len(curves))))
+    note = "exp of the evaluation loss, noise off; mean ± sample standard deviation over seeds. The best is chosen by these same windows, so it flatters."
+    header = ("cell", "final perplexity", "best perplexity", "update of the best, by seed", "n")
+    return Table("Final and best evaluation", header, tuple(rows), words=1, notes=(note,))
+
+
 def settings(design: Design) -> Table:
     """What is fixed, one row per setting."""
     rows = [(name, _json_text(value)) for name, value in config_tools.flatten(design.settings).items()]
@@ -117,8 +133,13 @@ def _spread(analysis: Analysis, metric: Metric, cell: Cell, population: bool = F
     found = analysis.summary(metric, cell)
     if found is None:
         return "-"
-    mean, sd, population_sd = (number(x, metric.decimals) for x in (found.mean, found.sd, found.population_sd))
-    return mean if found.n == 1 else f"{mean} ± {sd} ({population_sd})" if population else f"{mean} ± {sd}"
+    text = _plus_minus(found, metric.decimals)
+    return f"{text} ({number(found.population_sd, metric.decimals)})" if population and found.n > 1 else text
+
+
+def _plus_minus(found: stats.Summary, decimals: int) -> str:
+    mean, sd = number(found.mean, decimals), number(found.sd, decimals)
+    return mean if found.n == 1 else f"{mean} ± {sd}"
 
 
 def _contrast_row(analysis: Analysis, comparison: Comparison) -> tuple[str, ...]:

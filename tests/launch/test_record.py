@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+
+from moe_jax import TraceReader
 from moe_jax.platforms import tracing_for
 from moe_jax.train.data import build
 from moe_jax.train.saved import load_model
@@ -27,6 +30,17 @@ def test_recorded_routes_are_replayed_and_other_text_is_refused(tmp_path):
     assert other.returncode == 4 and "Traceback" not in other.stderr and other.stderr.strip().splitlines()[-1].startswith("error: "), (
         other.stderr
     )
+
+
+def test_a_mesh_records_the_routes_of_one_device(tmp_path):
+    text, found = [flag.replace("data.", "") for flag in SMALL], []
+    for name, mesh in (("one", ()), ("eight", ("--mesh=data=2,expert=4",))):
+        done = call("record", "--model=tiny", "--steps=2", "--noise=matmuls=relative:0.05", f"--out={tmp_path / name}", *mesh, *text)
+        assert done.returncode == 0, done.stderr
+        reader = TraceReader(tmp_path / name)
+        found.append([reader.read(step).ids for step in reader.steps])
+    assert len(found[0]) == 2
+    np.testing.assert_array_equal(*found)
 
 
 def test_what_would_be_recorded_of_the_validation_windows():
@@ -56,9 +70,12 @@ def test_a_run_that_begins_with_another_reads_its_text(tmp_path):
     own = json.loads((tmp_path / "first" / "config.json").read_text())["data"]
     assert shown() == shown("--data=synthetic") == own and own["batch_size"] == 2 and own["split"] == "leaky"
     assert shown("--set", "data.batch_size=4", "--set", "data.seq_len=8") == own | {"batch_size": 4, "seq_len": 8}
-    for module, flag in (("train", f"--start={tmp_path / 'first'}"), ("record", f"--model={tmp_path / 'first'}")):
-        refused = call(module, flag, "--data=wiki", "--dry_run")
+    start = f"--start={tmp_path / 'first'}"
+    for module, flags in (("train", [start]), ("record", [f"--model={tmp_path / 'first'}"])):
+        refused = call(module, *flags, "--data=wiki", "--dry_run")
         assert refused.returncode == 2 and "on source=wiki its ids would mean other words" in refused.stderr, refused.stderr
+    refused = call("train", start, "--set", "data.max_documents=30", "--dry_run")
+    assert refused.returncode == 2 and "on max_documents=30 its ids would mean other words" in refused.stderr, refused.stderr
 
 
 def test_products_are_in_bfloat16_on_an_accelerator_unless_told_otherwise():
@@ -75,6 +92,7 @@ def test_frozen_gate_stands_in_the_optimizer_table_and_unknown_flags_are_refused
     row = next(line for line in shown.stdout.splitlines() if line.startswith("layers/feed_forward/router"))
     assert "frozen" in row
     assert "1 program for training" in shown.stdout and "FLOPs of training" in shown.stdout
-    for flags, said in ((["--freeze=gate"], "unknown freeze 'gate'"),):
+    cases = (["--freeze=gate"], "unknown freeze 'gate'"), (["--mesh=data=8", "--set", "data.batch_size=6", "--dry_run"], "does not divide")
+    for flags, said in cases:
         refused = call("train", "--preset=tiny", "--data=synthetic", "--steps=1", f"--workdir={tmp_path}", *flags)
         assert refused.returncode in (2, 4) and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr

@@ -239,6 +239,11 @@ def test_the_command_from_end_to_end(tmp_path):
         (["--model=tinny", "--noise=relative:0.1", "--workdir=x"], 2, "did you mean 'tiny'"),
         (["--model=tiny", "--noise=relatve:0.1", "--workdir=x"], 2, "relative"),
         (["--model=tiny", "--data=synthetic", "--noise=relative:0.1"], 2, "--workdir is needed"),
+        (
+            ["--model=tiny", "--data=synthetic", "--noise=relative:0.1", "--batch=3", "--mesh=data=8", "--workdir=x"],
+            2,
+            "does not divide over",
+        ),
         (["--model=tiny", "--data=synthetic", "--noise=experts=relative:0.1:phases=train", "--dry_run"], 2, "acts in train"),
         (["--model=tiny", "--data=synthetic", "--noise=relative:0.1", "--replay=/no/such/routes", "--workdir=x"], 4, "/no/such/routes"),
     ],

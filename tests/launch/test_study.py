@@ -111,6 +111,11 @@ def test_killed_at_random_moments(unbroken, tmp_path, case):
         (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=2", "--lanes=2"], 2, "leave one out"),
         (["--experiment=noise_factorial:smoke", "--workdir=x", "--mesh=data=3"], 2, "mesh data=3 needs 3 devices, there are 8"),
         (["--experiment=noise_factorial:smoke", "--workdir=/dev/null/x"], 2, "cannot use"),
+        (
+            ["--experiment=noise_factorial:smoke", "--set", "balance_weight=0.1", "--dry_run"],
+            2,
+            "balance_weight=: the runs of noise_factorial",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, code, message):
@@ -124,6 +129,18 @@ def test_another_studys_folder_is_refused(unbroken):
     done = call("study", "--experiment=noise_factorial:quick", f"--workdir={workdir}")
     assert done.returncode == 2 and "noise_factorial:smoke" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_is_set_is_shown_and_is_another_study(unbroken):
+    flags = ("--experiment=noise_factorial:smoke", "--set", "updates=7")
+    shown = call("study", *flags, "--dry_run")
+    assert (
+        shown.returncode == 0
+        and "7 micro-batches of 8 x 16 tokens, 7 updates" in shown.stdout
+        and "Changed by --set: updates=7" in shown.stdout
+    )
+    refused = call("study", *flags, f"--workdir={unbroken[0]}")
+    assert refused.returncode == 2 and "settings.updates: was 20, now 7" in refused.stderr
 
 
 def test_a_missing_or_corrupt_corpus_is_one_line(tmp_path):

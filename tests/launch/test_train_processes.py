@@ -204,6 +204,22 @@ def test_two_processes_replay_what_four_recorded(tmp_path):
     assert all((asked.read(step).ids == taken.read(step).ids).all() for step in range(10))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_record_what_one_does(tmp_path):
+    """The routes of a noisy pass over two parts, and their weights."""
+    record = [sys.executable, "-m", "launch.record", "--model=tiny", "--data=synthetic", "--steps=3", "--noise=matmuls=relative:0.05"]
+    readers = []
+    for name, launcher, mesh in (("one", [], ""), ("two", local(2, "--devices_per_process=2"), "data=2,expert=2")):
+        run([*launcher, *record, f"--mesh={mesh}", f"--out={tmp_path / name}"])
+        readers.append(TraceReader(tmp_path / name))
+    one, two = readers
+    assert two.steps == one.steps == (0, 1, 2) and len(list((tmp_path / "two").glob("part-*.json"))) == 2
+    for step in one.steps:
+        assert (one.read(step).ids == two.read(step).ids).all()
+        np.testing.assert_allclose(two.read(step).weights, one.read(step).weights, atol=1e-6)
+
+
 # --- kills --------------------------------------------------------------------------------------------------------------------
 
 

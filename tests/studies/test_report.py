@@ -4,7 +4,9 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +246,20 @@ def test_load_is_sorted_within_each_seed_before_it_is_averaged(seed_design, seed
     found = mean_load(analyse(seed_design, runs), cell)
     # layer 0: (1.5, .5) in every seed, whichever expert it was; layer 1: (1, 1), (2, 0), (1.5, .5)
     np.testing.assert_allclose(found, [[1.5, 0.5], [1.5, 0.5]])
+
+
+def test_final_and_best_evaluation_are_both_given(seed_design, seed_runs):
+    """Of two seeds the best is in the middle, of the third at the end; runs of other cells were evaluated once, or found a loss that is no number."""
+    losses = {42: (3.0, 2.0, 2.5), 43: (3.0, 2.0, 2.5), 44: (3.0, 2.0, 1.0)}
+    runs, cell = [], seed_runs[0].cell
+    for run in seed_runs:
+        curve = [[10 * (i + 1), loss] for i, loss in enumerate(losses[run.seed])] if run.cell == cell else [[10, math.nan], [20, 1.0]]
+        runs.append(dataclasses.replace(run, series={"eval/loss": curve if run.cell == cell or run.seed == 42 else curve[-1:]}))
+    (row,) = tables.evaluations(analyse(seed_design, runs)).rows
+    final, best = [math.exp(x) for x in (2.5, 2.5, 1.0)], [math.exp(x) for x in (2.0, 2.0, 1.0)]
+    spread = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (final, best)]
+    assert row[1:] == (*spread, "20, 20, 30", "3")
+    assert not tables.evaluations(analyse(seed_design, seed_runs)).rows
 
 
 def test_curves_use_the_steps_that_every_seed_has():

@@ -149,6 +149,25 @@ def test_two_structures_are_two_programs(smoke, tmp_path):
     assert outcome.done == 8 and outcome.compiled["train"] == 2
 
 
+def test_what_is_set_is_set_in_every_run_and_declared(smoke):
+    changed = smoke.changed(["updates=5", "data.split=leaky", "model.num_layers = 2"])
+    for before, after in zip(smoke.configs(), changed.configs(), strict=True):
+        data, model = dataclasses.replace(before.data, split="leaky"), before.model.replace(num_layers=2)
+        assert after == dataclasses.replace(before, updates=5, data=data, model=model)
+    settings = changed.design.settings
+    assert settings["updates"] == 5 and settings["split"] == settings["data"]["split"] == "leaky" and settings["model"]["num_layers"] == 2
+    assert "updates=5, data.split=leaky" in changed.design.notes[-1]
+    unlike = {name for name in settings if settings[name] != smoke.design.settings[name]}
+    assert unlike == {"updates", "split", "data", "model"} and changed.design.digest() != smoke.design.digest()
+    assert smoke.changed([]) is smoke
+    for wrong, message in (
+        ("init_seed=3", "init_seed=: the runs of noise_factorial:smoke differ in it"),
+        ("updats=5", "did you mean 'updates'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            smoke.changed([wrong])
+
+
 def test_names_of_cells_are_folder_names():
     assert cell_name({"noise_std": 0.1, "gate": "adam w/x"}, 42) == "noise_std-0.1_gate-adam-w-x_seed-42"
     assert runner.describe_devices() == "8 x cpu (cpu)"
