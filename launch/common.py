@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -28,14 +29,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whi
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False, resumable: bool = False) -> None:
-    """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr, or 1 after a traceback.
+    """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr, 141 without a word when nobody reads
+    what it prints any more, or 1 after a traceback.
 
     `argv` is the program's name, and the arguments that are no flags when the command takes any (`positional`); else those are
     refused. SIGTERM, SIGUSR1 and Ctrl-C exit with 75 where a command is `resumable`, which means: the same command goes on from the last
     checkpoint. One that has none exits with 128 + the signal's number, and begins anew.
     """
     warnings.formatwarning = _one_line_warning
-    app.run(lambda argv: _exit_code(main, argv, _stop_now if resumable else _end_now), flags_parser=lambda argv: _parse(argv, positional))
+    try:
+        app.run(
+            lambda argv: _exit_code(main, argv, _stop_now if resumable else _end_now), flags_parser=lambda argv: _parse(argv, positional)
+        )
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def define_set() -> flags.FlagHolder[Any]:
@@ -78,14 +87,20 @@ class MeshFlag:
     def given(self) -> bool:
         return bool(self._text.value)
 
+    def check(self) -> Any:
+        """The MeshSpec, or None; looks for no devices. Raises ConfigError for what is none."""
+        from moe_jax.mesh import MeshSpec
+
+        return MeshSpec.parse(self._text.value) if self.given else None
+
     def build(self) -> Any:
         """The Mesh, or None for one device. Raises ConfigError when it does not have the number of devices that there are."""
         import jax
 
         from moe_jax.mesh import MeshSpec
 
-        if self._text.value:
-            return MeshSpec.parse(self._text.value).build()
+        if spec := self.check():
+            return spec.build()
         return MeshSpec(data=jax.device_count()).build() if jax.process_count() > 1 else None
 
 
@@ -97,17 +112,42 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str], at_sign
         signal.signal(number, at_signal)
     try:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
         except KeyboardInterrupt:
             at_signal(signal.SIGINT, None)
     except MoeJaxError as error:
         _say("stopped" if isinstance(error, Stopped | _Ended) else "error", str(error))
         return _leave(error.exit_code)
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            _say(
+                "error", f"not enough memory ({why}); a smaller batch, --set model.remat=full, or a mesh of more devices needs less on each"
+            )
+            return _leave(ConfigError.exit_code)
         if _process() is None:
             raise
         traceback.print_exc()
         return _leave(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the machine's or the device's memory ran out; jax has no class of its own for the latter."""
+    text = str(error).lower()
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return isinstance(error, MemoryError) or of_jax and ("out of memory" in text or "resource_exhausted" in text)
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the standard output has gone, as `head` has after its lines; if so, the rest goes nowhere, and no error at exit says so."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors alone
+    gone = bool(output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def tell(line: str) -> None:
@@ -217,7 +257,7 @@ _PYTHONS_WORDS = {
 def _parse(argv: Sequence[str], positional: bool) -> list[str]:
     ours = list(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
     if any(argument in _HELP for argument in ours):
-        print(manual())
+        print(manual(), flush=True)
         sys.exit(0)
     try:
         rest = flags.FLAGS(list(argv))

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     """Runs the arms and prints their curves."""
     from experiments.catalogue import load
 
+    _MESH.check()
     experiment = load(_EXPERIMENT.value).changed(_SET.value)
     factors = {factor.name: factor.levels for factor in experiment.design.factors}
     if set(factors) != {"model", "arm"}:

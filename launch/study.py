@@ -43,15 +43,15 @@ def main(argv: list[str]) -> int:
     def declared() -> dict:
         return {name: experiment.changed(_SET.value) for name, experiment in load_all(_EXPERIMENT.value).items()}
 
+    if _MESH.check() and _LANES.value > 1:
+        raise ConfigError(
+            f"--mesh divides each run over devices and --lanes={_LANES.value} gives each run a device of its own: leave one out"
+        )
     if _DRY_RUN.value:
         from launch.preview import preview
 
         print("\n\n".join(preview(experiment) for experiment in declared().values()))
         return 0
-    if _MESH.given and _LANES.value > 1:
-        raise ConfigError(
-            f"--mesh divides each run over devices and --lanes={_LANES.value} gives each run a device of its own: leave one out"
-        )
     _device_per_lane(_LANES.value)
     _HOSTS.start()
     experiments = declared()

@@ -15,6 +15,7 @@ from moe_jax.errors import check_known
 
 PHASES = ("rollout", "old_logprob", "train", "eval")
 PASSES = ("forward", "grad_input", "grad_weight")
+MOST_LAYERS = 10_000  # a larger number is a slip of the keyboard, and lists of so many layers would fill the memory
 
 
 def mix(word: jax.Array) -> jax.Array:

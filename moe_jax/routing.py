@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer
 from moe_jax.errors import check_known
 
 SCORES = ("softmax", "sigmoid")
+MOST_EXPERTS = 65_535  # so many ids, and the mark of no route, are what a uint16 holds
 
 
 @jax.tree_util.register_dataclass

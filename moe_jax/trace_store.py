@@ -30,7 +30,7 @@ from moe_jax.errors import TraceError
 from moe_jax.files import sync_folder, write_atomic
 from moe_jax.model import ModelConfig
 from moe_jax.replay import check_shape, check_trace
-from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
+from moe_jax.routing import MOST_EXPERTS, RoutingTrace, trace_dtype, unrecorded
 from moe_jax.train.run_folder import Closing, some
 from moe_jax.train.sources import sha256_of
 
@@ -58,9 +58,11 @@ class TraceInfo:
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         ordered = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=-1) >= 0
-        sizes = 1 <= self.top_k <= self.num_experts < 65536 and min(self.batch, self.length) > 0
+        sizes = 1 <= self.top_k <= self.num_experts <= MOST_EXPERTS and min(self.batch, self.length) > 0
         if not (ordered and sizes and self.source in SOURCES):
-            raise TraceError(f"no trace is of this (layers count up, top_k <= num_experts < 65536, source one of {SOURCES}): {self}")
+            raise TraceError(
+                f"no trace is of this (layers count up, top_k <= num_experts <= {MOST_EXPERTS}, source one of {SOURCES}): {self}"
+            )
 
     @property
     def dtype(self) -> np.dtype:

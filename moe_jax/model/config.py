@@ -10,9 +10,10 @@ from moe_jax import config_tools
 from moe_jax.dispatch import IMPLEMENTATIONS
 from moe_jax.errors import ConfigError, check_known, nearest
 from moe_jax.experts import ACTIVATIONS
+from moe_jax.keys import MOST_LAYERS
 from moe_jax.noise import Noise, NoiseSpec
 from moe_jax.noise.sites import GROUPS, SITES
-from moe_jax.routing import SCORES
+from moe_jax.routing import MOST_EXPERTS, SCORES
 
 ROPE_STYLES = ("half", "interleaved")
 QK_NORMS = ("none", "head", "projection")
@@ -33,9 +34,9 @@ class DTypePolicy:
                 raise ConfigError(f"dtypes.{field} is {getattr(self, field)!r}; use float32 or bfloat16")
 
 
-def _at_least_one(field: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{field} must be at least 1, got {value}")
+def _check_size(field: str, value: int, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{field} must be a whole number from 1 to {most:,}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +109,32 @@ class ModelConfig:
             raise ConfigError(f"selection_bias goes with router_score=sigmoid, got {self.router_score!r}")
 
     def _check_sizes(self):
-        for field in ("vocab_size", "d_model", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size", "dispatch_chunks"):
-            _at_least_one(field, getattr(self, field))
-        _at_least_one("num_kv_heads", self.kv_heads)
-        _at_least_one("head_dim", self.head_width)
+        for field in ("vocab_size", "d_model", "num_heads", "max_seq_len", "d_expert", "loss_chunk_size", "dispatch_chunks"):
+            _check_size(field, getattr(self, field))
+        _check_size("num_layers", self.num_layers, MOST_LAYERS)
+        _check_size("num_kv_heads", self.kv_heads)
+        _check_size("head_dim", self.head_width)
+        _check_size("d_ff", self.dense_width)
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}; change one of them or set head_dim")
         if self.head_width % 2:
             raise ConfigError(f"head_dim={self.head_width} must be even: rotary embeddings turn pairs")
         if self.num_heads % self.kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}")
+        if self.num_experts != 0:
+            _check_size("num_experts", self.num_experts, MOST_EXPERTS)
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ConfigError(f"experts_per_token={self.experts_per_token} must be between 1 and num_experts={self.num_experts}")
-        if self.d_expert < 1 or (self.d_ff is not None and self.d_ff < 1):
-            raise ConfigError(f"d_expert={self.d_expert} and d_ff={self.d_ff} must be at least 1")
         outside = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if outside:
             raise ConfigError(f"dense_layers {outside} do not exist: the model has layers 0 to {self.num_layers - 1}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 < self.exchange_factor < math.inf:
-            raise ConfigError(f"exchange_factor must be finite and above 0, got {self.exchange_factor}")
+        if not 0.0 <= self.init_std < math.inf:
+            raise ConfigError(f"init_std must be finite and not negative, got {self.init_std}")
+        for field in ("exchange_factor", "norm_eps", "rope_theta"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} must be finite and above 0, got {getattr(self, field)}")
         if self.clip_qkv is not None and not 0 < self.clip_qkv < math.inf:
             raise ConfigError(f"clip_qkv must be finite and above 0, or none, got {self.clip_qkv}")
         if self.sliding_window is not None and self.sliding_window < 1:

@@ -65,9 +65,9 @@ class AQN:
         """(first step, sigma) of each interval of a run of `total_steps` weight syncs, counted from 0."""
         rounds, values = (self.epochs, self.stages_per_epoch) if self.variant == "epochs" else (1, self.stages - 1)
         last = values if self.variant == "qerl_paper" else values - 1
-        exponents = [(epoch + i / last) / rounds if i >= 0 else None for epoch in range(rounds) for i in range(-1, values)]
-        if total_steps < (count := len(exponents)):
+        if total_steps < (count := rounds * (values + 1)):
             raise ConfigError(f"AQN cuts a run into {count} intervals and this one has {total_steps} steps; lower stages or epochs")
+        exponents = [(epoch + i / last) / rounds if i >= 0 else None for epoch in range(rounds) for i in range(-1, values)]
         sigmas = [0.0 if x is None else self.start * (self.end / self.start) ** x for x in exponents]
         return [(-(-index * total_steps // count), sigma) for index, sigma in enumerate(sigmas)]  # in integers: no boundary is rounded
 

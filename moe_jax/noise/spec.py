@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import ConfigError, nearest
-from moe_jax.keys import PASSES, PHASES
+from moe_jax.keys import MOST_LAYERS, PASSES, PHASES
 from moe_jax.noise import sites as names
 from moe_jax.noise.formats import FORMATS
 
@@ -270,7 +270,7 @@ def _layer_numbers(text: str) -> Iterable[int]:
     for part in text.split("+"):
         first, _, last = part.partition("-")
         layers = range(int(first), int(last or first) + 1)
-        if not layers:
+        if not layers or layers[-1] >= MOST_LAYERS:
             raise ValueError(f"no layers in {part!r}")
         yield from layers
 

@@ -66,8 +66,8 @@ class OptimizerConfig:
                 raise ConfigError(f"{field} must be a finite number, 0 or more; got {getattr(self, field)}")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise ConfigError(f"betas {self.betas} and momentum {self.momentum} must be at least 0 and below 1")
-        if self.ns_steps < 1 or (self.clip_norm is not None and not self.clip_norm > 0):
-            raise ConfigError(f"ns_steps must be at least 1 and clip_norm above 0 (or none); got {self.ns_steps} and {self.clip_norm}")
+        if not 1 <= self.ns_steps <= 100 or (self.clip_norm is not None and not self.clip_norm > 0):
+            raise ConfigError(f"ns_steps must be from 1 to 100 and clip_norm above 0 (or none); got {self.ns_steps} and {self.clip_norm}")
         self.multiplier()
 
     def multiplier(self) -> schedules.Schedule:

@@ -43,8 +43,8 @@ def schedule(name: str, warmup: int, total: int, floor: float = 0.1) -> Schedule
 
 
 def _after_warmup(warmup: int, decay: optax.Schedule) -> Schedule:
-    if warmup < 0:
-        raise ConfigError(f"warmup must be 0 or more updates, got {warmup}")
+    if not 0 <= warmup < 2**31:
+        raise ConfigError(f"warmup must be 0 to {2**31 - 1:,} updates, got {warmup}")
 
     def multiplier(count):
         count = jnp.asarray(count)
@@ -55,6 +55,8 @@ def _after_warmup(warmup: int, decay: optax.Schedule) -> Schedule:
 
 
 def _check(warmup: int, total: int, floor: float) -> None:
+    if not total < 2**31:
+        raise ConfigError(f"a schedule has at most {2**31 - 1:,} updates, got {total}")
     if not 0 <= warmup < total:
         raise ConfigError(f"a schedule of {total} updates cannot warm up for {warmup}; choose warmup from 0 to {total - 1}")
     if not 0 <= floor <= 1:

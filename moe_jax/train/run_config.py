@@ -125,7 +125,11 @@ def parse_aqn(text: str) -> AQN:
     """The schedule that `aqn_text` writes, or a shorter text of it: what is not said is AQN's default. Raises ConfigError."""
     names = iter(("variant", "start", "end", "stages_per_epoch" if text.startswith("epochs:") else "stages"))
     settings = [part.replace("+", ",") if "=" in part else f"{next(names, 'a fifth value')}={part}" for part in text.split(":")]
+    fields = [setting.partition("=")[0] for setting in settings]
+    twice = [field for field in fields if fields.count(field) > 1]
     try:
+        if twice:
+            raise ConfigError(f"{twice[0]} is given twice")
         return apply_overrides(AQN(), settings)
     except ConfigError as error:
         why = str(error).removeprefix("--set ")

@@ -81,6 +81,12 @@ def main(argv):
         warnings.warn("look at this", errors.MoeJaxWarning)
     if DO.value in globals():
         return globals()[DO.value]()
+    if DO.value == "fill":
+        import jax
+
+        jax.jit(lambda: jax.numpy.zeros((1 << 20, 1 << 26)))().block_until_ready()  # 256 TB
+    if DO.value == "MemoryError":
+        raise MemoryError("what went wrong")
     if hasattr(errors, DO.value):
         raise getattr(errors, DO.value)("what went wrong")
     print(apply_overrides(Config(), SET.value), argv[1:])
@@ -144,9 +150,27 @@ def test_a_line_is_written_in_one_piece(command, line):
         assert re.fullmatch(line, ours.recv(1 << 16))
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("--workdir=x", "--do=print"), ("--help",)])
+def test_a_reader_that_leaves_is_no_error(start, monkeypatch, arguments, unbuffered):
+    """As in `command | head -1`, however Python keeps what is printed."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with start(*arguments) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_a_bug_keeps_its_traceback(shell):
     code, _, err = shell("--workdir=x", "--do=crash")
     assert code == 1 and "Traceback" in err and err.rstrip().endswith("RuntimeError: a bug")
+
+
+@pytest.mark.parametrize(("do", "words"), [("fill", "Out of memory allocating 281474976710656 bytes"), ("MemoryError", "what went wrong")])
+def test_memory_that_runs_out_is_one_line(shell, do, words):
+    code, out, err = shell("--workdir=x", f"--do={do}")
+    assert (
+        (code, out) == (2, "") and err.count("\n") == 1 and f"error: not enough memory ({words}" in err.replace("RESOURCE_EXHAUSTED: ", "")
+    ), err
 
 
 def test_a_warning_is_one_line(shell):

@@ -1,6 +1,7 @@
 """A configuration is checked when it is made and when it is changed; presets have the sizes they are named for."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -19,20 +20,27 @@ BAD = [
     (dict(selection_bias=True), "selection_bias goes with router_score=sigmoid, got 'softmax'"),
     (dict(d_model=30), "d_model=30 is not divisible by num_heads=4; change one of them or set head_dim"),
     (dict(head_dim=5), "head_dim=5 must be even"),
-    (dict(head_dim=0), "head_dim must be at least 1, got 0"),
-    (dict(num_kv_heads=0), "num_kv_heads must be at least 1, got 0"),
-    (dict(num_kv_heads=-2), "num_kv_heads must be at least 1, got -2"),
+    (dict(head_dim=0), "head_dim must be a whole number from 1 to 2,147,483,647, got 0"),
+    (dict(num_kv_heads=0), "num_kv_heads must be a whole number from 1 to 2,147,483,647, got 0"),
+    (dict(num_kv_heads=-2), "num_kv_heads must be a whole number from 1 to 2,147,483,647, got -2"),
+    (dict(num_layers=10**22), "num_layers must be a whole number from 1 to 10,000, got 1000"),
+    (dict(num_layers=1.5), "num_layers must be a whole number from 1 to 10,000, got 1.5"),
+    (dict(num_experts=65_536), "num_experts must be a whole number from 1 to 65,535, got 65536"),
+    (dict(d_model="32"), "d_model must be a whole number from 1 to 2,147,483,647, got '32'"),
+    (dict(init_std=-1.0), "init_std must be finite and not negative, got -1.0"),
+    (dict(norm_eps=0.0), "norm_eps must be finite and above 0, got 0.0"),
+    (dict(rope_theta=math.nan), "rope_theta must be finite and above 0, got nan"),
     (dict(num_kv_heads=3), "num_heads=4 is not divisible by num_kv_heads=3"),
     (dict(experts_per_token=5), "experts_per_token=5 must be between 1 and num_experts=4"),
     (dict(experts_per_token=0), "experts_per_token=0 must be between 1 and num_experts=4"),
-    (dict(d_expert=0), "d_expert=0 and d_ff=None must be at least 1"),
-    (dict(d_ff=0), "d_ff=0 must be at least 1"),
+    (dict(d_expert=0), "d_expert must be a whole number from 1 to 2,147,483,647, got 0"),
+    (dict(d_ff=0), "d_ff must be a whole number from 1 to 2,147,483,647, got 0"),
     (dict(dense_layers=(0, 2)), r"dense_layers \[2\] do not exist: the model has layers 0 to 1"),
     (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
     (dict(dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
     (dict(sliding_window=0), "sliding_window must be at least 1 or none, got 0"),
     *(
-        (dict([(field, 0)]), f"{field} must be at least 1, got 0")
+        (dict([(field, 0)]), f"{field} must be a whole number from 1 to .*, got 0")
         for field in ("vocab_size", "num_layers", "num_heads", "max_seq_len", "loss_chunk_size")
     ),
 ]

@@ -100,6 +100,8 @@ def test_bad_input(fields, message):
 def test_a_run_shorter_than_its_stages_is_refused():
     with pytest.raises(ConfigError, match="into 12 intervals and this one has 11 steps"):
         AQN(variant="epochs", epochs=2).stage_table(11)
+    with pytest.raises(ConfigError, match="20000000000000000 intervals and this one has 11 steps"):
+        AQN(stages=2 * 10**16).stage_table(11)  # at once, without a list of them
 
 
 # --- the noise ------------------------------------------------------------------------------------------------------------------

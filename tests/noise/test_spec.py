@@ -122,6 +122,7 @@ BAD = {
     "router_logits=additive:0.1:layers=one": "cannot read layers 'one' in noise 'router_logits.*'; write e.g. 0-3\\+7",
     "router_logits=additive:0.1:layers=": "cannot read layers ''",
     "router_logits=additive:0.1:layers=3-1": "cannot read layers '3-1'",
+    "router_logits=additive:0.1:layers=0-99999999999": "cannot read layers '0-99999999999'",
     "router_logits=additive:much": "noise scale 'much' in 'router_logits=additive:much' is not a number",
     "router_logits=additive:-0.1": "the scale of additive must be finite and not negative, got -0.1",
     "router_logits=additive:nan": "must be finite and not negative, got nan",

@@ -282,6 +282,8 @@ def test_a_dead_expert_through_the_plan(dead):
         ({"muon_weight_decay": -1.0}, "muon_weight_decay must be a finite number, 0 or more; got -1.0"),
         ({"momentum": 1.0}, "momentum 1.0 must be"),
         ({"clip_norm": 0.0}, "clip_norm above 0"),
+        ({"ns_steps": 10**22}, "ns_steps must be from 1 to 100"),
+        ({"total": 2**31}, "at most 2,147,483,647 updates, got 2147483648"),
     ],
 )
 def test_config_refusals(settings, message):

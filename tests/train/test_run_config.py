@@ -46,6 +46,8 @@ def test_aqn_as_text_and_back(text, aqn):
         ("qerl_code:1e-2:1e-4:10:7", "unknown config field 'a fifth value'"),
         ("qerl_code:reach=expert", "did you mean 'experts'"),
         ("qerl_code:rech=experts", "did you mean 'reach'"),
+        ("qerl_code:reach=router:reach=experts", "reach is given twice"),
+        ("qerl_code:1e-2:start=1e-3", "start is given twice"),
         ("", "write VARIANT:START:END:STAGES"),
     ],
 )
