@@ -19,8 +19,7 @@ from moe_jax.keys import Draw
 from moe_jax.model import Model
 from moe_jax.model.cache import Cache
 from moe_jax.noise import Noise, NoiseSpec, draws
-from moe_jax.replay import empty_trace
-from moe_jax.routing import RoutingTrace
+from moe_jax.routing import RoutingTrace, trace_dtype, unrecorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +44,22 @@ class Sampling:
             raise ConfigError(f"a sampling seed must be from 0 to 2**32 - 1, got {self.seed}")
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
-    """What was sampled. The arrays are on the host."""
+    """What was sampled: arrays of jax inside a program, of NumPy from a `Sampler`."""
 
-    tokens: Int[np.ndarray, "B P+N"]  # prompt and what follows; 0 behind the end
-    prompt_lengths: Int[np.ndarray, "B"]
-    lengths: Int[np.ndarray, "B"]  # with the prompt, and the token that ended it
-    log_probs: Float[
-        np.ndarray, "B P+N"
-    ]  # of each sampled token under softmax(logits / temperature) over all tokens (temperature 1 where it is 0); else 0
+    tokens: Int[Array, "B P+N"]  # prompt and what follows; 0 behind the end
+    prompt_lengths: Int[Array, "B"]
+    lengths: Int[Array, "B"]  # with the prompt, and the token that ended it
+    # of each sampled token, at its place, under softmax(logits / temperature) over all tokens (temperature 1 where it is 0); else 0
+    log_probs: Float[Array, "B P+N"]
+    stopped: Bool[Array, "B"]  # by a stop token, not by the limit
     trace: RoutingTrace | None  # [L, B, P+N, K]; no route is recorded for the last token of a sequence, which was never read, and behind it
 
     def sampled(self, row: int) -> np.ndarray:
         """The tokens after a sequence's prompt."""
-        return self.tokens[row, self.prompt_lengths[row] : self.lengths[row]]
+        return np.asarray(self.tokens)[row, self.prompt_lengths[row] : self.lengths[row]]
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +127,10 @@ class Sampler:
                 break
             state, found = self.step(params, state, *common)
             steps.append(found)
-        return self._gathered(tokens, lengths, count, steps)
+        host = jax.device_get(steps)
+        stacks = [np.stack(parts) for parts in zip(*map(kept, host), strict=True)]
+        stacks = [np.concatenate([stack, np.zeros((count - len(host), *stack.shape[1:]), stack.dtype)]) for stack in stacks]
+        return jax.device_get(assembled(self.model, tokens, lengths, state.done, stacks, host[0][-1]))
 
     @functools.cached_property
     def prefill(self):
@@ -167,7 +170,7 @@ class Sampler:
         rows = (jnp.asarray(draw.row_offset, jnp.int32) + jnp.arange(len(logits))) * self.model.config.max_seq_len + position
         stream = keys.stream(keys.fold(jnp.array([0x13198A2E, 0x03707344], jnp.uint32), seed), -1, "sample", "forward")
         gumbel = -jnp.log(-jnp.log(draws.uniform(stream, rows, logits.shape[-1])))
-        drawn = jnp.argmax(jnp.where(_kept(scaled, self.top_k, top_p), scaled + gumbel, -jnp.inf), axis=-1)
+        drawn = jnp.argmax(jnp.where(_allowed(scaled, self.top_k, top_p), scaled + gumbel, -jnp.inf), axis=-1)
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(scaled), token[:, None], 1)[:, 0]
         counts = ~done
@@ -176,29 +179,48 @@ class Sampler:
         routes = None if out.trace is None else (out.trace.ids, out.trace.weights)
         return State(cache, token, position, ended), (token, log_prob, ended, counts, routes)
 
-    def _gathered(self, tokens, lengths, count: int, steps) -> Generated:
-        rows, width = tokens.shape
-        every = np.arange(rows)
-        all_tokens = np.concatenate([tokens, np.zeros((rows, count), np.int32)], axis=1)
-        log_probs, ends = np.zeros(all_tokens.shape, np.float32), lengths.copy()
-        trace = self._empty(rows, width + count)
-        for number, (token, log_prob, _, counts, routes) in enumerate(jax.device_get(steps)):
-            at = every[counts], (lengths + number)[counts]
-            all_tokens[at], log_probs[at], ends[counts] = token[counts], log_prob[counts], (lengths + number + 1)[counts]
-            if trace is not None and number == 0:  # of the prompts
-                read = np.arange(width) < lengths[:, None]
-                trace.ids[:, :, :width][:, read], trace.weights[:, :, :width][:, read] = (part[:, read] for part in routes)
-            elif trace is not None:  # of the tokens that this step read
-                at = every[counts], (lengths + number - 1)[counts]
-                trace.ids[:, *at], trace.weights[:, *at] = (part[:, counts, 0] for part in routes)
-        return Generated(all_tokens, lengths, ends, log_probs, trace)
 
-    def _empty(self, rows: int, length: int) -> Any:
-        c = self.model.config
-        return empty_trace(c.moe_layers, c.num_experts, c.experts_per_token, rows, length, weights=True) if self._capture else None
+def kept(found: tuple) -> tuple:
+    """Of a step: token, log-probability, whether it counts [B], and the routes [L, B, K] of the token that was read."""
+    token, log_prob, _, counts, routes = found
+    return token, log_prob, counts, *(part[:, :, 0] for part in routes or ())
 
 
-def _kept(scaled: Float[Array, "B V"], top_k: int | None, top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
+def assembled(model: Model, prompts, lengths, done, stacks, prompt_routes) -> Generated:
+    """Every token, log-probability and route in its place. stacks: of each part of `kept`, [N, ...]; prompt_routes: of the first step, [L, B, P, K] or None.
+
+    The routes of step n are of the token that it read, the one that step n - 1 chose; those of step 0 are not looked at.
+    """
+    token, log_prob, counts, *later_routes = map(jnp.asarray, stacks)
+    (rows, width), count = prompts.shape, len(token)
+    place = jnp.arange(width + count)[None]
+    number = place - lengths[:, None]  # of the sampled token that stands here
+    ends = lengths + counts.sum(0, dtype=jnp.int32)
+    answered = (number >= 0) & (place < ends[:, None])
+
+    def at(stack, number):
+        """stack [N, B] at each place's number."""
+        return jnp.take_along_axis(stack.T, jnp.clip(number, 0, count - 1), 1)
+
+    def padded(x, axis: int):
+        return jnp.pad(x, [(0, count if axis == each else 0) for each in range(x.ndim)])
+
+    tokens = jnp.where(answered, at(token, number), jnp.where(number < 0, padded(prompts, 1), 0))
+    log_probs = jnp.where(answered, at(log_prob, number), 0)
+    trace = None
+    if prompt_routes is not None:
+        c = model.config
+        every, number = jnp.arange(rows)[:, None], jnp.clip(number + 1, 0, count - 1)  # the step that read the token
+        read = [stack.transpose(2, 0, 1, 3)[every, number].transpose(2, 0, 1, 3) for stack in later_routes]
+        of_prompt, known = (place < lengths[:, None])[None, ..., None], (place < ends[:, None] - 1)[None, ..., None]
+        routes = [jnp.where(of_prompt, padded(part, 2), later) for part, later in zip(prompt_routes, read, strict=True)]
+        kind = trace_dtype(c.num_experts)
+        ids = jnp.where(known, routes[0], unrecorded(kind)).astype(kind)
+        trace = RoutingTrace(ids, jnp.where(known, routes[1], 0), jnp.array(c.moe_layers, jnp.int32))
+    return Generated(tokens, lengths, ends, log_probs, done, trace)
+
+
+def _allowed(scaled: Float[Array, "B V"], top_k: int | None, top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
     """Which tokens may be sampled; the likeliest always may."""
     kept = jnp.ones(scaled.shape, bool)
     if top_k is not None:

@@ -60,9 +60,7 @@ class TraceInfo:
         ordered = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=-1) >= 0
         sizes = 1 <= self.top_k <= self.num_experts <= MOST_EXPERTS and min(self.batch, self.length) > 0
         if not (ordered and sizes and self.source in SOURCES):
-            raise TraceError(
-                f"no trace is of this (layers count up, top_k <= num_experts <= {MOST_EXPERTS}, source one of {SOURCES}): {self}"
-            )
+            raise TraceError(f"no trace is of this (layers count up, top_k <= experts <= {MOST_EXPERTS}, source one of {SOURCES}): {self}")
 
     @property
     def dtype(self) -> np.dtype:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import ConfigError
-from moe_jax.generate import Sampler, Sampling, _kept, generate
+from moe_jax.generate import Sampler, Sampling, _allowed, generate
 from moe_jax.keys import Draw
 from moe_jax.mesh import MeshSpec
 from moe_jax.model import Model, ModelConfig
@@ -178,22 +178,22 @@ def test_frequencies_are_those_of_the_softmax():
     assert chisquare(counts, wanted / wanted.sum() * 2000).pvalue > 1e-3
 
 
-def test_the_likeliest_are_kept():
+def test_the_likeliest_are_allowed():
     logits = jnp.log(jnp.array([[0.4, 0.1, 0.3, 0.15, 0.05], [0.05, 0.8, 0.05, 0.05, 0.05]]))
-    assert _kept(logits, 2, 1.0).tolist() == [[True, False, True, False, False], [True, True, True, True, True]]  # ties are all kept
-    assert _kept(logits[:1], None, 0.65).tolist() == [[True, False, True, False, False]]
-    assert _kept(logits, None, 0.75).tolist() == [[True, False, True, True, False], [False, True, False, False, False]]
-    assert _kept(logits[:1], 3, 0.5).tolist() == [[True, False, True, False, False]]  # 0.4 of 0.85 is not enough
-    assert _kept(logits, 1, 1e-6).sum(-1).tolist() == [1, 1]
+    assert _allowed(logits, 2, 1.0).tolist() == [[True, False, True, False, False], [True, True, True, True, True]]  # ties are all kept
+    assert _allowed(logits[:1], None, 0.65).tolist() == [[True, False, True, False, False]]
+    assert _allowed(logits, None, 0.75).tolist() == [[True, False, True, True, False], [False, True, False, False, False]]
+    assert _allowed(logits[:1], 3, 0.5).tolist() == [[True, False, True, False, False]]  # 0.4 of 0.85 is not enough
+    assert _allowed(logits, 1, 1e-6).sum(-1).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("how", [{"top_p": 0.2}, pytest.param({"top_k": 2}, marks=pytest.mark.slow)])
-def test_top_k_and_top_p_never_leave_the_kept(how):
+def test_top_k_and_top_p_never_leave_the_allowed(how):
     sampling = Sampling(max_tokens=9, temperature=3.0, **how)
     found = generate(Model(CONFIG), params_of("qwen"), PROMPTS, sampling) if "top_k" in how else sampled(sampling=sampling)
     _, _, logits = whole("qwen", found)
     for row, (begin, end) in enumerate(zip(found.prompt_lengths, found.lengths, strict=True)):
-        kept = _kept(logits[row, begin - 1 : end - 1] / 3.0, how.get("top_k"), jnp.float32(how.get("top_p", 1)))
+        kept = _allowed(logits[row, begin - 1 : end - 1] / 3.0, how.get("top_k"), jnp.float32(how.get("top_p", 1)))
         assert np.asarray(kept)[np.arange(9), found.sampled(row)].all()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from moe_jax import paths
 from moe_jax.distributed import on_all
 from moe_jax.errors import ConfigError
+from moe_jax.generate import Generated
 from moe_jax.keys import Draw
 from moe_jax.noise import Noise
 from moe_jax.replay import empty_trace
@@ -26,7 +27,6 @@ from moe_jax.rl import grpo, rewards
 from moe_jax.rl.config import RLConfig
 from moe_jax.rl.program import EXTREME, RLProgram, Scored
 from moe_jax.rl.replay import mismatch, recorded, replayed
-from moe_jax.rl.sample import Answers
 from moe_jax.rl.tasks import Problem, Task
 from moe_jax.routing import RoutingTrace
 from moe_jax.train.checkpoint import Checkpoints
@@ -159,7 +159,7 @@ class _Loop:
         return batch, row | {f"seconds/{name}": value for name, value in times.items()}
 
     def described(
-        self, batch: Batch, host: Answers, given, right, old: Scored, counts: dict, trace: RoutingTrace | None
+        self, batch: Batch, host: Generated, given, right, old: Scored, counts: dict, trace: RoutingTrace | None
     ) -> dict[str, float]:
         """The metrics of a step's answers."""
         mask = batch["mask"] > 0
@@ -217,7 +217,7 @@ class _Loop:
         return kept | {"loss": ratio(host["loss"]), "seconds/update": time.monotonic() - began}
 
     def score(
-        self, params: dict[str, Any], host: Answers, noise: Noise | None, routes: RoutingTrace | None, step: int
+        self, params: dict[str, Any], host: Generated, noise: Noise | None, routes: RoutingTrace | None, step: int
     ) -> tuple[Scored, dict[str, Any]]:
         """The pass before the updates over all answers, `rows` at a time, on the host; and its counts."""
         found = []
@@ -244,7 +244,7 @@ class _Loop:
         top_p: float,
         first: int = 0,
         routes: bool = True,
-    ) -> tuple[Answers, float]:
+    ) -> tuple[Generated, float]:
         """An answer to each problem, on the host; the share of prompts that were too long and lost their beginning.
 
         Answers are sampled `at_once` at a time, which no token depends on. first: the number of the first problem, by which draws are made.
@@ -265,7 +265,7 @@ class _Loop:
             found.append(jax.device_get(answers if routes else dataclasses.replace(answers, trace=None)))
         return joined(found), float(np.mean([len(prompt) > width for prompt in prompts]))
 
-    def rewards(self, problems: list[Problem], host: Answers) -> tuple[np.ndarray, np.ndarray]:
+    def rewards(self, problems: list[Problem], host: Generated) -> tuple[np.ndarray, np.ndarray]:
         """(reward, whether right) of each answer."""
         config = self.config
         right = np.array(

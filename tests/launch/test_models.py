@@ -83,7 +83,7 @@ def test_the_pace_counts_the_sequences_that_go_on(monkeypatch):
             progress(step, going)
             clock.now += 1
         tokens, lengths = np.full((2, 8), 97), np.array([1, 1])
-        return Generated(tokens, lengths, lengths + (4, 6), np.zeros((2, 8), np.float32), None)
+        return Generated(tokens, lengths, lengths + (4, 6), np.zeros((2, 8), np.float32), np.ones(2, bool), None)
 
     monkeypatch.setattr(Sampler, "__call__", sample)
     monkeypatch.setattr("time.monotonic", lambda: clock.now)
