@@ -17,7 +17,7 @@ from moe_jax.rl.program import RLProgram
 from moe_jax.rl.replay import SOURCES
 from moe_jax.rl.rewards import PARSES
 from moe_jax.train import tokenizers
-from moe_jax.train.run_config import aqn_text, parse_aqn, with_aqn
+from moe_jax.train.run_config import aqn_text, check_numbers, parse_aqn, with_aqn
 from moe_jax.train.state import Knobs
 from moe_jax.train.step import Objective
 
@@ -75,9 +75,9 @@ class RLConfig:
     def __post_init__(self):
         least = {"steps": 1, "prompts": 1, "samples": 2, "mini_batches": 1, "accumulation": 1, "prompt_tokens": 1, "response_tokens": 1}
         least |= {"eval_problems": 1, "eval_samples": 0, "eval_every": 1, "checkpoint_every": 0, "overlong_from": 0, "sample_rows": 0}
-        for field, lowest in least.items():
-            if getattr(self, field) < lowest:
-                raise ConfigError(f"{field} must be at least {lowest}, got {getattr(self, field)}")
+        check_numbers(self, least)
+        if self.answers >= 1 << 31:
+            raise ConfigError(f"prompts x samples = {self.answers} answers in a step; lower one of them")
         if self.answers % (self.mini_batches * self.accumulation):
             raise ConfigError(
                 f"prompts x samples = {self.answers} answers do not divide into {self.mini_batches} mini-batches of {self.accumulation} parts"
@@ -101,12 +101,6 @@ class RLConfig:
         for field in ("top_p", "eval_top_p"):
             if not 0 < getattr(self, field) <= 1:
                 raise ConfigError(f"{field} must be in (0, 1], got {getattr(self, field)}")
-        for field in ("balance_weight", "z_weight"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be finite and not negative, got {getattr(self, field)}")
-        for field in ("init_seed", "data_seed", "sample_seed", "noise_seed"):
-            if not 0 <= getattr(self, field) < 1 << 32:
-                raise ConfigError(f"{field} must be from 0 to 2**32 - 1, got {getattr(self, field)}")
         if self.replay and not self.model.moe_layers:
             raise ConfigError("this model has no router, so there are no routes to replay")
         if (self.replay == "reference" or self.policy.kl_weight) and not self.start:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,15 +59,7 @@ class RunConfig:
     checkpoint_every: int = 0  # updates between checkpoints, and one at the end; 0: none
 
     def __post_init__(self):
-        for field, least in (("updates", 1), ("eval_every", 0), ("eval_batch", 1), ("log_every", 1), ("checkpoint_every", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"{field} must be at least {least}, got {getattr(self, field)}")
-        for field in ("balance_weight", "z_weight"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be finite and not negative, got {getattr(self, field)}")
-        for field in ("init_seed", "data_seed", "noise_seed"):
-            if not 0 <= getattr(self, field) < 1 << 32:
-                raise ConfigError(f"{field} must be from 0 to 2**32 - 1, got {getattr(self, field)}")
+        check_numbers(self, {"updates": 1, "eval_every": 0, "eval_batch": 1, "log_every": 1, "checkpoint_every": 0})
         if self.data.seq_len > self.model.max_seq_len:
             raise ConfigError(f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         if self.loss_windows is not None and (self.loss_windows < 1 or self.loss_windows % self.eval_batch):
@@ -119,6 +112,18 @@ class RunConfig:
         shape = (self.data.accumulation, self.data.batch_size, self.data.seq_len, self.eval_batch)
         routes = (self.replay_what if self.replay else "", bool(self.record))
         return self.model, self.optimizer, self.objective, shape, routes, None if noise is None else noise.structure
+
+
+def check_numbers(config: Any, least: Mapping[str, int]) -> None:
+    """Raises ConfigError for a field that is less than it must be at `least`, a weight that is not finite or negative, and a seed that is not of 32 bits."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in least and value < least[name]:
+            raise ConfigError(f"{name} must be at least {least[name]}, got {value}")
+        if name.endswith("_weight") and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be finite and not negative, got {value}")
+        if name.endswith("_seed") and not 0 <= value < 1 << 32:
+            raise ConfigError(f"{name} must be from 0 to 2**32 - 1, got {value}")
 
 
 def parse_aqn(text: str) -> AQN:

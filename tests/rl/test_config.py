@@ -23,6 +23,7 @@ DENSE = MODEL.replace(num_layers=1)
         ),
         *((dict([(name, -1)]), f"{name} must be at least 0, got -1") for name in ("eval_samples", "checkpoint_every", "overlong_from")),
         (dict(samples=1), "samples must be at least 2, got 1"),
+        (dict(prompts=10**22), r"prompts x samples = .*0000 answers in a step; lower one of them"),
         (dict(mini_batches=5), r"prompts x samples = 12 answers do not divide into 5 mini-batches of 1 parts"),
         (dict(accumulation=3), r"12 answers do not divide into 3 mini-batches of 3 parts"),
         (dict(sample_rows=5), "sample_rows=5 does not divide the 12 answers of a step"),
