@@ -97,6 +97,7 @@ def finished(tmp_path_factory):
     return workdir, few(*cells), run_study(few(*cells), workdir)
 
 
+@pytest.mark.slow
 def test_scales_share_a_program_and_every_cell_is_another_run(finished):
     workdir, experiment, outcome = finished
     assert (outcome.done, outcome.failed) == (8, 0)
@@ -109,6 +110,7 @@ def test_scales_share_a_program_and_every_cell_is_another_run(finished):
         assert (row.metrics["val_perplexity_noisy"] == row.metrics["val_perplexity"]) == clean
 
 
+@pytest.mark.slow
 def test_the_clean_cell_is_the_run_without_noise(finished):
     workdir, experiment, _ = finished
     config = dataclasses.replace(experiment.config(CLEAN, 42), noise="")
@@ -119,6 +121,7 @@ def test_the_clean_cell_is_the_run_without_noise(finished):
     }
 
 
+@pytest.mark.slow
 def test_gradient_noise_leaves_the_first_forward_pass_alone(finished):
     """The first loss shows the forward noise of its scale; noise in the gradients shows from the next on."""
     workdir, _, _ = finished
@@ -129,6 +132,7 @@ def test_gradient_noise_leaves_the_first_forward_pass_alone(finished):
     assert len({losses[key][0] for key in (("forward", 0.0), ("forward", 0.1), ("forward", 0.01))}) == 3
 
 
+@pytest.mark.slow
 def test_the_report_says_which_site_in_words(finished):
     workdir, _, _ = finished
     text = report.build(workdir).markdown.read_text()

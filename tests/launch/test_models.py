@@ -48,6 +48,7 @@ def mixture(dense, tmp_path_factory):
     return folder, command("convert", f"--from={dense}", f"--to={folder}", *flags).stdout
 
 
+@pytest.mark.slow
 def test_a_dense_model_becomes_a_mixture_that_trains_and_goes_back(dense, mixture, tmp_path):
     (mixture, told), run, back = mixture, tmp_path / "run", tmp_path / "back"
     assert "Qwen3MoeForCausalLM" in told and json.loads((mixture / "config.json").read_text())["num_experts"] == 4

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from moe_jax import TraceReader
 from moe_jax.platforms import tracing_for
@@ -32,6 +33,7 @@ def test_recorded_routes_are_replayed_and_other_text_is_refused(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_mesh_records_the_routes_of_one_device(tmp_path):
     text, found = [flag.replace("data.", "") for flag in SMALL], []
     for name, mesh in (("one", ()), ("eight", ("--mesh=data=2,expert=4",))):

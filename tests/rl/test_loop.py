@@ -57,7 +57,7 @@ def unbroken(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("replay, stops", [("", (1, 4)), ("rollout", (1, 2, 3, 4, 5))])
+@pytest.mark.parametrize("replay, stops", [pytest.param("", (1, 4), marks=pytest.mark.slow), ("rollout", (1, 2, 3, 4, 5))])
 def test_stopped_after_some_updates_it_ends_in_the_same_bits(unbroken, tmp_path, replay, stops):
     """Six updates, three to a step: a run that begins after the third begins with a step, any other in the middle of a step's mini-batches."""
     config, folder, whole = unbroken(replay)

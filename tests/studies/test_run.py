@@ -211,6 +211,7 @@ def test_the_steps_of_an_earlier_launch_are_told_apart():
     assert told == [(41, None, 10, 40), (42, None, 10, 0), (43, None, 10, 0)]  # steps of the study, metrics, tokens, steps done earlier
 
 
+@pytest.mark.slow
 def test_a_study_stopped_in_lanes_goes_on_with_another_number(finished, smoke, tmp_path, monkeypatch):
     """Stopped while five run and again while two do; the rest one after the other. Each time what was under way goes on."""
     study = part_of(smoke, smoke.design.cells()[:4])
