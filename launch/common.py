@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], int | None], positional: bool = False, resum
 
 def define_set() -> flags.FlagHolder[Any]:
     """The flag --set of a command that has a config; its value goes to `apply_overrides(config, holder.value)`."""
-    text = "Sets one field of the config by its dotted name, as in --set model.top_k=4; an unknown name is refused."
+    text = "Sets one field of the config by its dotted name, as in --set model.num_layers=4; an unknown name is refused, with those that there are."
     return flags.DEFINE_multi_string("set", [], text)
 
 

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     from moe_jax.train.record import record, source_of, trace_info
     from moe_jax.train.saved import load_model
 
+    _MESH.check()
     _HOSTS.start()
     saved = load_model(_MODEL.value)
     text = saved.check_words(apply_overrides(saved.text(_DATA.value), _SET.value))

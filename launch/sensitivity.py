@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     from launch.sensitivity_run import acting_noise, describe, make_config, measure
     from moe_jax.train.saved import load_model
 
+    _MESH.check()
     saved = load_model(_MODEL.value)
     given = {
         "noise": _NOISE.value,
