@@ -32,7 +32,8 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        error.filename = str(path)
         with suppress(OSError):
             temporary.unlink()
         raise

@@ -143,7 +143,7 @@ def _append(path: Path, data: bytes) -> None:
         written = file.write(data)
         os.fsync(file.fileno())
     if written < len(data):
-        raise OSError(f"{path}: only {written} of {len(data)} bytes were written (is the disk full?); the run is not recorded")
+        raise OSError(28, f"only {written} of {len(data)} bytes were written, and the run is not recorded", str(path))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

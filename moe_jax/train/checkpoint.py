@@ -91,7 +91,7 @@ class Checkpoints:
         leaves = _leaves(state)
         saving = self.folder / distributed.share(f".saving-{step}.{secrets.token_hex(8)}")
         try:
-            distributed.on_first(lambda: self._begin(saving))
+            distributed.on_first(lambda: self._begin(saving, leaves))
             distributed.on_all(lambda: _orbax_save(saving / _STATE, leaves))
             distributed.on_first(lambda: self._finish(saving, step, leaves))
         except Exception as error:
@@ -142,9 +142,12 @@ class Checkpoints:
         """As `restore` a step whose `manifest` was read a moment ago: its bytes are not hashed again, and nothing is renamed."""
         return distributed.on_all(lambda: self._load(step, manifest, abstract_state))
 
-    def _begin(self, saving: Path) -> None:
+    def _begin(self, saving: Path, leaves: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
+        needed, free = self._room(leaves)
+        if free < needed:  # orbax, too, would find out, and print pages
+            raise OSError(28, "No space left on device")
         (saving / _STATE / "array_metadatas").mkdir(
             parents=True
         )  # orbax's other processes wait for process 0 to make it: 10 minutes if it failed
@@ -192,10 +195,14 @@ class Checkpoints:
     def _abandon(self, saving: Path, step: int, leaves: Mapping[str, Any], error: Exception) -> str:
         """Removes what a failed save has left; returns the line that says so."""
         shutil.rmtree(saving, ignore_errors=True)
-        needed = sum(leaf.nbytes for leaf in leaves.values())
-        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        needed, free = self._room(leaves)
         kept = f"; earlier checkpoints are intact: {_list(self._steps())}" if self._steps() else ""
         return f"cannot save step {step} in {self.folder} ({needed:,} bytes needed, {free:,} free): {_first_line(error)}{kept}"
+
+    def _room(self, leaves: Mapping[str, Any]) -> tuple[int, int]:
+        """(bytes that the leaves take, bytes that are free here)"""
+        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        return sum(leaf.nbytes for leaf in leaves.values()), free
 
     def _load(self, step: int, manifest: Mapping[str, Any], abstract_state: Any) -> Any:
         where = f"checkpoint step {step} in {self.folder}"

@@ -101,7 +101,7 @@ def test_the_plan_of_a_full_study_loads_nothing(study):
     text = preview(load(f"qwen3_30b.{study}:full"))
     assert time.monotonic() - began < 30
     assert "30,532,122,624 parameters" in text and "8 H100" in text and "v6e slice" in text and "v5p slice" in text
-    assert "no tokenizer at models/Qwen3-30B-A3B" in text
+    assert re.search("not counted: (no tokenizer at models/Qwen3-30B-A3B|wiki is not in the cache)", text)  # a fresh machine has neither
     assert ("optimizer (the first run's)" in text) == (study == "e7b_matrix")
     assert ("nothing is trained" in text) == (study != "e7b_matrix")
 

@@ -74,6 +74,24 @@ def after():
     wait()
 
 
+def write(size=1):
+    from moe_jax.files import write_atomic
+
+    write_atomic("there", b"0" * size)
+
+
+def write_much():
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, 1 << 10))
+    write(1 << 20)
+
+
+def read():
+    open("not there")
+
+
 def main(argv):
     if DO.value == "crash":
         raise RuntimeError("a bug")
@@ -171,6 +189,15 @@ def test_memory_that_runs_out_is_one_line(shell, do, words):
     assert (
         (code, out) == (2, "") and err.count("\n") == 1 and f"error: not enough memory ({words}" in err.replace("RESOURCE_EXHAUSTED: ", "")
     ), err
+
+
+def test_what_the_disk_refuses_is_one_line(shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shell("--workdir=x", "--do=write_much") == (2, "", "error: there: File too large\n")
+    (tmp_path / "there").mkdir()
+    assert shell("--workdir=x", "--do=write") == (2, "", "error: there: Is a directory\n")
+    code, _, err = shell("--workdir=x", "--do=read")  # whoever asked for it should have looked: a bug
+    assert code == 1 and "Traceback" in err
 
 
 def test_a_warning_is_one_line(shell):

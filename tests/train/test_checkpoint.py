@@ -13,6 +13,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -393,6 +394,15 @@ def test_a_failing_save_is_one_line_and_leaves_the_others(copied, monkeypatch):
         open_checkpoints(folder).save(12, states[8])
     message = str(caught.value)
     assert "cannot save step 12" in message and "bytes needed" in message and "intact: 4, 8" in message and "\n" not in message
+    assert sorted(os.listdir(folder)) == ["4", "8"]
+
+
+def test_too_little_room_is_found_before_anything_is_written(copied, monkeypatch):
+    folder, states = copied
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: mock.Mock(free=10))
+    monkeypatch.setattr(checkpoint, "_orbax_save", None)
+    with pytest.raises(CheckpointError, match=r"bytes needed, 10 free\): .*No space left on device; earlier checkpoints are intact: 4, 8"):
+        open_checkpoints(folder).save(12, states[8])
     assert sorted(os.listdir(folder)) == ["4", "8"]
 
 
