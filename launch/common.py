@@ -26,9 +26,8 @@ from moe_jax.config_tools import apply_overrides as apply_overrides
 from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
 
 _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
-_DISK = (
-    "EACCES EDQUOT EFBIG EIO EISDIR EMFILE ENAMETOOLONG ENFILE ENOSPC ENOTDIR EPERM EROFS ESTALE"  # what a disk, or who rules it, refuses
-)
+# what a disk, or who rules it, refuses
+_DISK = "EACCES EDQUOT EFBIG EIO EISDIR EMFILE ENAMETOOLONG ENFILE ENOSPC ENOTDIR EPERM EROFS ESTALE".split()
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
 
 
@@ -131,7 +130,7 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str], at_sign
                 "error", f"not enough memory ({why}); a smaller batch, --set model.remat=full, or a mesh of more devices needs less on each"
             )
             return _leave(ConfigError.exit_code)
-        if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _DISK.split():
+        if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _DISK:
             _say("error", f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
             return _leave(ConfigError.exit_code)
         if _process() is None:
