@@ -26,14 +26,14 @@ from moe_jax.config_tools import apply_overrides as apply_overrides
 from moe_jax.errors import ConfigError, MoeJaxError, MoeJaxWarning, Stopped, closest, nearest
 
 _HELP = ("--help", "-help", "--h", "-h", "--?", "-?", "--helpshort")
-# what a disk, or who rules it, refuses
-_DISK = "EACCES EDQUOT EFBIG EIO EISDIR EMFILE ENAMETOOLONG ENFILE ENOSPC ENOTDIR EPERM EROFS ESTALE".split()
+# what a disk, or who rules it, refuses, and would again; not what may pass (EIO, ESTALE, EMFILE): after those a job is started again
+_DISK = "EACCES EDQUOT EFBIG EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by whichever the job asked for, often SIGUSR1
 
 
 def run(main: Callable[[list[str]], int | None], positional: bool = False, resumable: bool = False) -> None:
-    """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr, 141 without a word when nobody reads
-    what it prints any more, or 1 after a traceback.
+    """Parses the flags, calls `main(argv)` and exits: 0, the error's own code after one line on stderr (2 where memory runs out or a disk refuses),
+    141 without a word when nobody reads what it prints any more, or 1 after a traceback.
 
     `argv` is the program's name, and the arguments that are no flags when the command takes any (`positional`); else those are
     refused. SIGTERM, SIGUSR1 and Ctrl-C exit with 75 where a command is `resumable`, which means: the same command goes on from the last
