@@ -8,9 +8,9 @@ from moe_jax.dispatch.tiles import Tiling
 fit = Tiling.fit
 
 
-def few(assignments: int, experts: int, unit: int | None = None, largest: int | None = None, partial: bool = False) -> Tiling:
-    unit = fit(assignments, experts, unit).unit
-    return fit(assignments, experts, unit, 2 * unit if largest is None else largest, partial)
+def few(assignments: int, experts: int, unit: int | None = None, largest: int | None = None, share: float | None = None) -> Tiling:
+    unit = fit(assignments, experts, unit, share=share).unit
+    return fit(assignments, experts, unit, 2 * unit if largest is None else largest, share)
 
 
 def use(function) -> None:

@@ -73,13 +73,13 @@ def dispatch(
     return dispatch_sharded(x, decision, experts, tokens, layout, exchange, local, factor, force, chunks)
 
 
-def _local(name: Any, force: bool, x, decision, experts, tokens, partial: bool = False):
+def _local(name: Any, force: bool, x, decision, experts, tokens, share: float | None = None):
     if callable(name):
         return name(x, decision, experts, tokens)
     if name == "blocked":
-        return dispatch_blocked(x, decision, experts, tokens, partial=partial)
+        return dispatch_blocked(x, decision, experts, tokens, share=share)
     if name == "ragged":
-        return dispatch_ragged(x, decision, experts, tokens, force=force, partial=partial)
+        return dispatch_ragged(x, decision, experts, tokens, force=force, share=share)
     return dispatch_dense(x, decision, experts, tokens)
 
 

@@ -23,14 +23,11 @@ from moe_jax.products import partial_sums, product, sum_count, weight_gradient
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_blocked(
-    x, decision: RoutingDecision, experts: Experts, tokens=None, unit: int | None = None, largest: int | None = None, partial: bool = False
-):
-    """See `dispatch`; y is float32. unit, largest: the step between tile sizes and the largest of them, in rows; by default chosen from the mean load.
-
-    partial: whether there may be assignments that are nobody's; they cost one more unit of rows.
+def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, share: float | None = None, **sizes: int):
+    """See `dispatch`; y is float32. share: the part of the assignments that these experts are expected to have, where the others are nobody's, which costs
+    one more unit of rows; None: they have all. sizes: `unit` and `largest` of `Tiling.fit`.
     """
-    tiling = Tiling.fit(decision.ids.size, experts.count, unit, largest, partial)
+    tiling = Tiling.fit(decision.ids.size, experts.count, share=share, **sizes)
     tables = make_tables(decision.ids, tiling)
     numbers = row_numbers(tokens, decision).reshape(-1)
     y = _weighted_sum(tiling, x, decision.weights, experts, tables, numbers)

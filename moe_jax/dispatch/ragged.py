@@ -17,8 +17,8 @@ from moe_jax.products import matmul
 from moe_jax.routing import RoutingDecision
 
 
-def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None, force: bool = False, partial: bool = False):
-    """See `dispatch`; y is float32. force: run on a CPU all the same. partial: whether there may be assignments that are nobody's.
+def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None, force: bool = False, share: float | None = None):
+    """See `dispatch`; y is float32. force: run on a CPU all the same. share: as `dispatch_blocked` takes it; None: no assignment is nobody's.
 
     Raises Unsupported (a NotImplementedError) on a CPU without `force`.
     """
@@ -37,7 +37,7 @@ def dispatch_ragged(x, decision: RoutingDecision, experts: Experts, tokens=None,
 
     x_rows = _permute(vary_like(jnp.broadcast_to(x[:, None], (count, slots, width)).reshape(-1, width), order), order, place)
     # what a grouped product leaves in the rows of no group, and in their gradients, is not said
-    known = (lambda rows: jnp.where((jnp.arange(order.size) < sizes.sum())[:, None], rows, 0)) if partial else lambda rows: rows
+    known = (lambda rows: jnp.where((jnp.arange(order.size) < sizes.sum())[:, None], rows, 0)) if share is not None else lambda rows: rows
     out = _permute(known(expert_mlp(known(x_rows), numbers, experts, grouped_dot)), place, order).reshape(count, slots, width)
     return (decision.weights[..., None] * out).sum(1), DispatchStats(sizes.astype(jnp.float32))
 

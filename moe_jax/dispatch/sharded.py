@@ -44,7 +44,7 @@ def dispatch_sharded(
     force: bool,
     chunks: int = 1,
 ) -> tuple[Any, DispatchStats]:
-    """See `dispatch`. local: (x, decision, experts, tokens, partial) -> (y float32, stats), on one device. name: of EXCHANGES; "" keeps tokens in place,
+    """See `dispatch`. local: (x, decision, experts, tokens, share) -> (y float32, stats), on one device. name: of EXCHANGES; "" keeps tokens in place,
     None chooses. chunks: parts of a device's tokens that are exchanged and computed one after the other, in the memory of one.
     """
     axes = tuple(axis for axis in layout.rules.axes_of("experts") if layout.size(axis) > 1)
@@ -73,12 +73,13 @@ def dispatch_sharded(
 
 def _exchange(name: str, group: Group, local: Callable, factor: float, force: bool, divided: bool) -> Callable:
     """(x, decision, experts, tokens) -> (y, this device's stats). Where tokens are not divided over the whole group, each device has them already."""
-    local = functools.partial(local, partial=True)
-    gather = functools.partial(exchange_all_gather, group=group, local=local)
+    even = 1 / group.size  # of all devices' assignments, those of one; of a buffer's, at least as many
+    gather = functools.partial(exchange_all_gather, group=group, local=functools.partial(local, share=even))
     if name == "all_gather" or not divided:
         return gather
     send = exchange_all_to_all if name == "all_to_all" else functools.partial(exchange_ragged_all_to_all, force=force)
-    return functools.partial(send, group=group, local=local, fallback=functools.partial(gather, lean=True), factor=factor)
+    filled = functools.partial(local, share=min(1.0, max(even, 1 / factor)))
+    return functools.partial(send, group=group, local=filled, fallback=functools.partial(gather, lean=True), factor=factor)
 
 
 def _summed(stats: DispatchStats, x, experts: Experts, everyone: tuple[str, ...]) -> DispatchStats:

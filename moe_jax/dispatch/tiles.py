@@ -7,6 +7,7 @@ classes 1 to C is the one that can set what the others add to. All sizes are sta
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,17 @@ class Tiling:
     partial: bool = False  # whether assignments may be nobody's (expert E): they find a row of zeros, the last one
 
     @classmethod
-    def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None, partial: bool = False) -> "Tiling":
-        """A tiling for a mean load of R / E rows.
+    def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None, share: float | None = None) -> Self:
+        """A tiling for a mean load of R / E rows, or of share * R / E where assignments may be nobody's.
 
         unit: default a twelfth of the mean load, as a power of two from 8 to 64: padding stays near 4 % and matmuls of few rows are not split further.
         largest: rows of the largest tile, default 16 units (each class is a loop to compile: 16 take 4 to 5 s); no larger than all the work.
         """
         if unit is None:
-            unit = next(size for size in (64, 32, 16, 8, 0) if size <= assignments // experts // 12) or 8
+            mean = assignments * (1.0 if share is None else share) / experts
+            unit = next(size for size in (64, 32, 16, 8) if size <= mean / 12 or size == 8)
         largest = 16 * unit if largest is None else largest
-        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), partial)
+        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), share is not None)
 
     @property
     def largest(self) -> int:

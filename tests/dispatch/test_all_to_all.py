@@ -30,7 +30,7 @@ from tests.dispatch.test_contract import BFLOAT16, FLOAT32, assert_close, proble
 
 TOKENS, EXPERTS, SLOTS = 64, 8, 2
 AXES = ("data", "expert")
-LOCAL = {"dense": dispatch_dense, "blocked": functools.partial(dispatch_blocked, unit=8, largest=16, partial=True)}
+LOCAL = {"dense": dispatch_dense, "blocked": functools.partial(dispatch_blocked, unit=8, largest=16, share=0.5)}
 exchange_ragged = functools.partial(ragged_all_to_all.exchange_ragged_all_to_all, force=True)
 
 
