@@ -24,8 +24,9 @@ from moe_jax.routing import RoutingDecision
 
 
 def dispatch_blocked(x, decision: RoutingDecision, experts: Experts, tokens=None, share: float | None = None, **sizes: int):
-    """See `dispatch`; y is float32. share: the part of the assignments that these experts are expected to have, where the others are nobody's, which costs
-    one more unit of rows; None: they have all. sizes: `unit` and `largest` of `Tiling.fit`.
+    """See `dispatch`; y is float32. sizes: `unit` and `largest` of `Tiling.fit`, by default from the mean load.
+
+    share: the part of the assignments that these experts are expected to have, where the others are nobody's (one more unit of rows); None: all.
     """
     tiling = Tiling.fit(decision.ids.size, experts.count, share=share, **sizes)
     tables = make_tables(decision.ids, tiling)

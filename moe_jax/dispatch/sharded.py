@@ -73,12 +73,11 @@ def dispatch_sharded(
 
 def _exchange(name: str, group: Group, local: Callable, factor: float, force: bool, divided: bool) -> Callable:
     """(x, decision, experts, tokens) -> (y, this device's stats). Where tokens are not divided over the whole group, each device has them already."""
-    even = 1 / group.size  # of all devices' assignments, those of one; of a buffer's, at least as many
-    gather = functools.partial(exchange_all_gather, group=group, local=functools.partial(local, share=even))
+    gather = functools.partial(exchange_all_gather, group=group, local=functools.partial(local, share=1 / group.size))
     if name == "all_gather" or not divided:
         return gather
     send = exchange_all_to_all if name == "all_to_all" else functools.partial(exchange_ragged_all_to_all, force=force)
-    filled = functools.partial(local, share=min(1.0, max(even, 1 / factor)))
+    filled = functools.partial(local, share=min(1.0, max(1 / group.size, 1 / factor)))  # a buffer has factor means, at most all
     return functools.partial(send, group=group, local=filled, fallback=functools.partial(gather, lean=True), factor=factor)
 
 

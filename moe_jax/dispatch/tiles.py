@@ -31,9 +31,8 @@ class Tiling:
         unit: default a twelfth of the mean load, as a power of two from 8 to 64: padding stays near 4 % and matmuls of few rows are not split further.
         largest: rows of the largest tile, default 16 units (each class is a loop to compile: 16 take 4 to 5 s); no larger than all the work.
         """
-        if unit is None:
-            mean = assignments * (1.0 if share is None else share) / experts
-            unit = next(size for size in (64, 32, 16, 8) if size <= mean / 12 or size == 8)
+        mean = assignments * (1.0 if share is None else share) / experts
+        unit = unit or next(size for size in (64, 32, 16, 8) if size <= mean / 12 or size == 8)
         largest = 16 * unit if largest is None else largest
         return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), share is not None)
 

@@ -1,5 +1,9 @@
 """Draws are functions of their coordinates to the bit; their statistics are tested in test_draws_statistics.py."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +60,14 @@ def test_jit_and_eager_give_the_same_bits(base):
     np.testing.assert_array_equal(draws.normal(key, jnp.arange(R), C), base)
     shards = jax.NamedSharding(jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("rows"))
     np.testing.assert_array_equal(sample_normal(key, jax.device_put(jnp.arange(R), shards), C), base)
+
+
+def test_they_do_as_users_compile_too():
+    """With code optimised, when products and sums become multiply-adds: another process, since how jax compiles cannot be changed in this one."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "jit_and_eager"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
 def test_the_ends_of_the_uniform_are_inside_and_their_normals_finite(monkeypatch):
