@@ -28,13 +28,13 @@ class Tiling:
     def fit(cls, assignments: int, experts: int, unit: int | None = None, largest: int | None = None, share: float | None = None) -> Self:
         """A tiling for a mean load of R / E rows, or of share * R / E where assignments may be nobody's.
 
-        unit: default a twelfth of the mean load, as a power of two from 8 to 64: padding stays near 4 % and matmuls of few rows are not split further.
-        largest: rows of the largest tile, default 16 units (each class is a loop to compile: 16 take 4 to 5 s); no larger than all the work.
+        unit: default a twelfth of the mean load, from 4,096 assignments on a sixteenth, as a power of two from 8 to 64: padding stays near 4 or 3 %.
+        largest: rows of the largest tile, default 16 units, or 32: each is a loop to compile, 16 take 4 to 5 s; no larger than all the work.
         """
-        mean = assignments * (1.0 if share is None else share) / experts
-        unit = unit or next(size for size in (64, 32, 16, 8) if size <= mean / 12 or size == 8)
-        largest = 16 * unit if largest is None else largest
-        return cls(assignments, experts, unit, max(1, -(-min(largest, assignments) // unit)), share is not None)
+        classes, fraction = (32, 16) if assignments >= 4096 else (16, 12)
+        least = assignments * (1.0 if share is None else share) / experts / fraction
+        unit = unit or next((size for size in (64, 32, 16) if size <= least), 8)
+        return cls(assignments, experts, unit, max(1, -(-min(largest or classes * unit, assignments) // unit)), share is not None)
 
     @property
     def largest(self) -> int:
