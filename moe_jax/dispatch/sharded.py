@@ -77,7 +77,7 @@ def _exchange(name: str, group: Group, local: Callable, factor: float, force: bo
     if name == "all_gather" or not divided:
         return gather
     send = exchange_all_to_all if name == "all_to_all" else functools.partial(exchange_ragged_all_to_all, force=force)
-    filled = functools.partial(local, share=min(1.0, max(1 / group.size, 1 / factor)))  # a buffer has factor means, at most all
+    filled = functools.partial(local, share=min(1.0, max(1 / group.size, 1 / factor)))  # room for factor means, at most for all
     return functools.partial(send, group=group, local=filled, fallback=functools.partial(gather, lean=True), factor=factor)
 
 

@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.dispatch import tiles
+from moe_jax.dispatch import sharded, tiles
+from moe_jax.dispatch.base import Group
+from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.tiles import Tiling, make_tables
 
 
@@ -51,6 +54,15 @@ def test_the_sizes_follow_the_mean_load_of_the_assignments_that_are_somebodys():
     assert [(t.unit, t.largest) for t in sizes.values()] == [(8, 104), (16, 256), (32, 1024), (32, 1024), (8, 256), (64, 2048)]
     on_two = Tiling.fit(24576, 64, share=0.5)  # half of the experts, and of the assignments of both devices
     assert (on_two.unit, on_two.largest, on_two.partial, sizes[24576, 128].partial) == (8, 256, True, False)
+
+
+@pytest.mark.parametrize("factor, share", [(2.0, 0.5), (0.5, 1.0), (100.0, 0.25)])
+def test_an_exchange_says_how_many_of_the_assignments_are_its_own(factor, share):
+    """Of four devices' assignments a fourth; of a buffer's rows what its slack leaves, and no less than a fourth, since it never holds more than all."""
+    group = Group(("expert",), 4, ("expert",))
+    send = sharded._exchange("all_to_all", group, dispatch_blocked, factor, force=False, divided=True).keywords
+    gather = sharded._exchange("all_gather", group, dispatch_blocked, factor, force=False, divided=True).keywords
+    assert [part.keywords["share"] for part in (send["local"], send["fallback"].keywords["local"], gather["local"])] == [share, 0.25, 0.25]
 
 
 def test_any_routing_fits_the_static_bound():

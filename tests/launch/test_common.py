@@ -201,10 +201,8 @@ def test_what_the_disk_refuses_is_one_line(shell, tmp_path, monkeypatch):
     assert shell("--workdir=x", "--do=write_much") == (2, "", "error: there: File too large\n")
     (tmp_path / "there").mkdir()
     assert shell("--workdir=x", "--do=write") == (2, "", "error: there: Is a directory\n")
-    for other in (
-        "read",
-        "stale",
-    ):  # a bug, since whoever asked for the file should have looked; what may pass, after which a job starts again
+    # a bug, since whoever asked for the file should have looked; and what may pass, after which a job starts again
+    for other in ("read", "stale"):
         code, _, err = shell("--workdir=x", f"--do={other}")
         assert code == 1 and "Traceback" in err
 
