@@ -40,6 +40,12 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def append(file: Any, data: bytes) -> None:
+    """Writes data to a file that is open without a buffer; raises OSError where the disk took a part of it alone."""
+    if (written := file.write(data)) < len(data):
+        raise OSError(28, f"No space left on device: {written} of {len(data)} bytes were written", str(file.name))
+
+
 def sync_folder(path: str | os.PathLike[str]) -> None:
     """Makes the names in a folder durable: a rename survives a power cut only after this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -27,7 +27,7 @@ import numpy as np
 
 from moe_jax.config_tools import config_dict, differences
 from moe_jax.errors import TraceError
-from moe_jax.files import sync_folder, write_atomic
+from moe_jax.files import append, sync_folder, write_atomic
 from moe_jax.model import ModelConfig
 from moe_jax.replay import check_shape, check_trace
 from moe_jax.routing import MOST_EXPERTS, RoutingTrace, trace_dtype, unrecorded
@@ -165,10 +165,8 @@ class TraceWriter(Closing):
 
     def _append(self, body: dict[str, Any]) -> None:
         """Makes one line durable, in place of what a kill or a full disk has left of another."""
-        line = _seal(body).encode()
         self._file.truncate(self._record.end)
-        if self._file.write(line) != len(line):
-            raise OSError(28, "No space left on device")
+        append(self._file, _seal(body).encode())
         os.fsync(self._file.fileno())
         self._record.refresh()
 

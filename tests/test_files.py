@@ -1,12 +1,13 @@
 """Files that are replaced whole."""
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from moe_jax.errors import DataError
-from moe_jax.files import read_object, write_atomic
+from moe_jax.files import append, read_object, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -15,6 +16,19 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_atomic(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_disk_that_takes_a_part_is_an_error_with_the_path(tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(tmp_path / "a", "ab", buffering=0) as file:
+        append(file, b"whole")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, usual[1]))
+            with pytest.raises(OSError, match="No space left on device: 3 of 100 bytes were written: '.*/a'$"):
+                append(file, bytes(100))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert (tmp_path / "a").read_bytes() == b"whole" + bytes(3)
 
 
 def test_writers_of_one_pid_do_not_meet(tmp_path):

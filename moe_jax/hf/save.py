@@ -48,11 +48,13 @@ def save_hf(
         raise ConfigError(f"{folder} is not empty; save into a new folder")
     flat = paths.flatten(params)
     tensors = (_tensor(model, flat[target.path], target).astype(kind, copy=False) for target in wanted.values())
-    if progress is not None:
-        tensors = _told(tensors, sum(np.prod(target.shape, dtype=int) for target in wanted.values()) * kind.itemsize, progress)
+    total = sum(np.prod(target.shape, dtype=int) for target in wanted.values()) * kind.itemsize
+    tensors = tensors if progress is None else _told(tensors, total, progress)
 
     def write() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder.parent).free) < total:
+            raise OSError(28, f"No space left on device: {total:,} bytes are to be written, and {free:,} are free", str(folder))
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             values = config_json(model.config, family, kind.name)
@@ -63,9 +65,11 @@ def save_hf(
                     shutil.copyfile(Path(str(companions)) / name, new / name)
             new.chmod(0o755)
             os.replace(new, folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+        except OSError as error:  # a full disk's names no file, others one that is about to go
+            error.filename = str(folder)
             raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # not there where all went well
 
     if not first():  # all processes bring the parts together, the first one writes
         for _ in tensors:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config_tools import config_dict
 from moe_jax.errors import ConfigError, DataError
-from moe_jax.files import write_atomic
+from moe_jax.files import append, write_atomic
 from moe_jax.studies.design import Cell, CellKey, Design, cell_key, differences, hint, require, require_known
 
 FILE_NAME = "ledger.jsonl"
@@ -128,7 +128,9 @@ class Ledger:
         scan = _scan(self.path)
         if run.status == "finished" and (where := scan.finished_at.get(run.key)):
             raise ValueError(f"{self.path}: {_name(run)} is finished already (line {where}); a study counts a run once")
-        _append(self.path, scan.healing + line)
+        with open(self.path, "ab", buffering=0) as file:  # unbuffered: one write, so that a killed writer tears one line at most
+            append(file, scan.healing + line)
+            os.fsync(file.fileno())
 
 
 def _name(run: Run) -> str:
@@ -136,14 +138,6 @@ def _name(run: Run) -> str:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def _append(path: Path, data: bytes) -> None:
-    with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that a killed writer tears one line at most
-        written = file.write(data)
-        os.fsync(file.fileno())
-    if written < len(data):
-        raise OSError(28, f"only {written} of {len(data)} bytes were written, and the run is not recorded", str(path))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -148,9 +148,8 @@ class Checkpoints:
         needed, free = self._room(leaves)
         if free < needed:  # orbax, too, would find out, and print pages
             raise OSError(28, "No space left on device")
-        (saving / _STATE / "array_metadatas").mkdir(
-            parents=True
-        )  # orbax's other processes wait for process 0 to make it: 10 minutes if it failed
+        # orbax's other processes wait for process 0 to make it: 10 minutes if it failed
+        (saving / _STATE / "array_metadatas").mkdir(parents=True)
 
     def _finish(self, saving: Path, step: int, leaves: Mapping[str, Any]) -> None:
         _orbax_finish(saving / _STATE)

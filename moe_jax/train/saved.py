@@ -120,9 +120,8 @@ def _of_hf(folder: Path) -> Saved:
 def _of_run(source: Path, step: int | None) -> Saved:
     folder, found, manifest = _intact(source, step)
     where = f"checkpoint step {found} in {folder}"
-    run = (
-        rebuild(RunConfig, manifest["config"], where) if "data" in manifest["config"] else None
-    )  # reinforcement learning has a config of its own
+    supervised = "data" in manifest["config"]  # reinforcement learning has a config of its own
+    run = rebuild(RunConfig, manifest["config"], where) if supervised else None
     config = run.model if run else rebuild(ModelConfig, manifest["config"]["model"], where)
     shapes = {path.removeprefix("params/"): tuple(shape) for path, (shape, _) in manifest["leaves"].items() if path.startswith("params/")}
     wanted = {path: spec.shape for path, spec in paths.flatten(Model(config).specs).items()}

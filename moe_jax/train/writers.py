@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from moe_jax import distributed
 from moe_jax.errors import MoeJaxError
+from moe_jax.files import append
 from moe_jax.train.run_folder import Closing
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -63,8 +64,7 @@ class MetricsWriter(Closing):
         line = (json.dumps(strict, allow_nan=False) + "\n").encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
-            if self._file.write(line) != len(line):
-                raise OSError(28, "No space left on device")
+            append(self._file, line)
         except OSError as error:
             self._file.truncate(size)
             raise MoeJaxError(f"cannot write step {step} to {self.path} ({len(line)} bytes): {error.strerror}") from error

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -161,10 +162,17 @@ def test_a_save_that_fails_leaves_nothing(saved, tmp_path, monkeypatch):
     from moe_jax.hf import save
 
     def fails(*_):
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(save, "write_shards", fails)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space left on device: '.*/m'$"):
+        save_hf(Model(CONFIG), saved[1], tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="[0-9,]{5,} bytes are to be written, and 1,000 are free: '.*/m'$"):
         save_hf(Model(CONFIG), saved[1], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
