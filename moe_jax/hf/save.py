@@ -51,26 +51,28 @@ def save_hf(
     total = sum(np.prod(target.shape, dtype=int) for target in wanted.values()) * kind.itemsize
     tensors = tensors if progress is None else _told(tensors, total, progress)
 
-    def write() -> None:
+    def find_room() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder.parent).free) < total:
             raise OSError(28, f"No space left on device: {total:,} bytes are to be written, and {free:,} are free", str(folder))
+
+    def write() -> None:
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            values = config_json(model.config, family, kind.name)
-            (new / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            (new / "config.json").write_text(json.dumps(config_json(model.config, family, kind.name), indent=2) + "\n")
             write_shards(new, {name: (target.shape, kind) for name, target in wanted.items()}, tensors, shard_bytes)
             for name in () if companions is None else COMPANIONS:
                 if (Path(str(companions)) / name).is_file():
                     shutil.copyfile(Path(str(companions)) / name, new / name)
             new.chmod(0o755)
             os.replace(new, folder)
-        except OSError as error:  # a full disk's names no file, others one that is about to go
-            error.filename = str(folder)
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk's names none
             raise
         finally:
             shutil.rmtree(new, ignore_errors=True)  # not there where all went well
 
+    on_first(find_room)  # before any process waits for the parts of another
     if not first():  # all processes bring the parts together, the first one writes
         for _ in tensors:
             pass
@@ -83,8 +85,7 @@ def _tensor(model: Model, leaf: jax.Array, target: Target) -> np.ndarray:
         part = jax.jit(lambda x: x[target.index], out_shardings=NamedSharding(model.mesh, PartitionSpec()))(leaf)
     else:
         part = leaf[target.index] if target.index else leaf
-    value = np.asarray(part)
-    return value.T if target.transposed else value
+    return np.asarray(part).T if target.transposed else np.asarray(part)
 
 
 def _told(tensors, total: int, progress: Progress):

@@ -15,11 +15,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from moe_jax import TraceReader
 from moe_jax.errors import ConfigError
+from moe_jax.hf.load import load_hf
+from moe_jax.model import Model, ModelConfig
 from moe_jax.train.run_folder import RunFolder
 
 HEAD = """
@@ -74,7 +77,7 @@ def same(tree, step, size=16):
 def failure(function):
     try:
         return ["no error", str(function())]
-    except MoeJaxError as error:
+    except (MoeJaxError, OSError) as error:
         return [type(error).__name__, str(error)]
 
 def say(**found):
@@ -117,7 +120,7 @@ class Job:
         self.errors = [errors for _, errors in ended]
         codes = [process.returncode for process in self.processes]
         assert not any(codes), f"exit codes {codes}: " + "\n".join(text[-2000:] for text in self.errors)
-        return [[json.loads(line) for line in out.splitlines()] for out, _ in ended]
+        return [[json.loads(line) for line in out.splitlines() if line[0] == "{"] for out, _ in ended]  # gloo talks too
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +190,33 @@ def two(tmp_path_factory):
             said["rows"] = read_metrics(metrics.path)
             progress.update(1, {"loss": 0.5})
     say(**said)
+
+    # A model as a Hugging Face folder, each process with half of its experts.
+    import shutil
+    from types import SimpleNamespace
+    from moe_jax.hf.save import save_hf
+    from moe_jax.mesh import MeshSpec
+    from moe_jax.model import Model, ModelConfig
+    model = Model(ModelConfig.preset("qwen3_tiny"), MeshSpec(expert=2).build())
+    params, usual = model.init(0), shutil.disk_usage
+    shutil.disk_usage = lambda _: SimpleNamespace(free=1000)
+    full = failure(lambda: save_hf(model, params, folder / "hf"))
+    shutil.disk_usage = usual
+    save_hf(model, params, folder / "hf")
+    say(full=full)
     """
     with RunFolder(folder / "held"), Job(code, 2, folder) as job:
         return job.found(), job.errors, folder
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_refused_in_all_processes_and_one_that_it_has_is_written(two):
+    (said, _, folder) = two
+    kinds, lines = zip(*(found[-1]["full"] for found in said), strict=True)
+    assert kinds == ("OSError", "MoeJaxError") and all(
+        re.search("bytes are to be written, and 1,000 are free: '.*/hf'$", line) for line in lines
+    )
+    params = load_hf(folder / "hf")[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, Model(ModelConfig.preset("qwen3_tiny")).init(0)))
 
 
 def test_every_process_gets_the_same_state_back(two):
@@ -232,13 +259,13 @@ def test_damage_is_seen_once_and_all_go_back_one_step(two):
 
 def test_the_run_folder_is_one_jobs_and_process_0_writes(two):
     (said, errors, folder) = two
-    for *_, run in said:
+    for *_, run, _ in said:
         assert run["held"][0] == "ConfigError" and f"is in use by pid {os.getpid()} on" in run["held"][1]
         assert run["other"][0] == "ConfigError" and "process 1: this process was started with other settings" in run["other"][1]
         assert "lr: was 0, now 1" in run["other"][1]
         assert run["first"] == [None, [], {"lr": 1}] and "1 fields differ" in run["changed"][1]
         assert run["rows"] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
-    assert [process[-1]["news"] for process in said] == [['device: was null, now "another"'], []]
+    assert [process[-2]["news"] for process in said] == [['device: was null, now "another"'], []]
     assert len((folder / "run" / "command.txt").read_text().splitlines()) == 2
     assert "train 1/2 (50 %): loss 0.5" in errors[0] and "train" not in errors[1]
 
