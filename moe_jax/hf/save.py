@@ -39,7 +39,7 @@ def save_hf(
 
     dtype: float32, bfloat16 or float16; None: that of the parameters, which loses no bit. shard_bytes: of a file, at most. companions: a folder whose
     tokenizer is copied. The folder appears whole or not at all. Raises Unsupported for a model that no family
-    has, ConfigError for a folder with something in it.
+    has, ConfigError for a folder with something in it, OSError for a disk without room.
     """
     folder, family = Path(path), family_of(model.config)
     kind = np.dtype(jnp.dtype(dtype or model.config.dtypes.params))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -118,6 +119,20 @@ def test_a_torn_last_line_is_ignored_then_healed_wherever_it_was_cut(ledger):
         assert ledger.path.read_bytes().startswith(whole + line[:cut])  # appended to, never rewritten
         assert [run.key for run in ledger.runs()] == [_run(ledger, at).key for at in (0, 2)]
         assert ledger.torn_lines() == (3,)
+
+
+def test_a_line_that_the_disk_takes_a_part_of_is_an_error_then_healed(ledger):
+    ledger.append(_run(ledger, 0))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 7, usual[1]))
+        with pytest.raises(OSError, match="7 of [0-9]+ bytes were written: '.*/ledger.jsonl'$"):
+            ledger.append(_run(ledger, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert len(ledger.runs()) == 1 and ledger.torn_lines() == (3,)
+    ledger.append(_run(ledger, 1))
+    assert [run.key for run in ledger.runs()] == [_run(ledger, at).key for at in (0, 1)]
 
 
 def test_a_line_that_lacks_only_its_newline_counts(ledger):

@@ -120,7 +120,7 @@ class Job:
         self.errors = [errors for _, errors in ended]
         codes = [process.returncode for process in self.processes]
         assert not any(codes), f"exit codes {codes}: " + "\n".join(text[-2000:] for text in self.errors)
-        return [[json.loads(line) for line in out.splitlines() if line[0] == "{"] for out, _ in ended]  # gloo talks too
+        return [[json.loads(line) for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in ended]
 
 
 @pytest.fixture(scope="module")
